@@ -1,0 +1,127 @@
+"""What a kernel family promises: the shape of its kernels' arguments and the packing of weights.
+
+The pipeline calls kernels through `relax.call_tir`: a kernel's arguments are its inputs in the order
+stated here, then its outputs. All shapes are static. Every kernel works for every m, n, k >= 1.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t3c.core.codes import F32, Matrix
+
+Packed = dict[str, NDArray[np.generic]]
+"""Name -> array, in the order in which the kernel takes them. The byte size of each array is a
+multiple of 64 (pad), so that every array in the weight file stays 64-byte aligned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One scheduled function.
+
+    Attributes:
+        name: Unique and deterministic: family, operator and all parameters.
+        source: TVMScript text of one ``T.prim_func(s_tir=True)`` called ``name``.
+        outs: (shape, dtype) of every output; outputs are the last arguments.
+    """
+
+    name: str
+    source: str
+    outs: tuple[tuple[tuple[int, ...], str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ConvShape:
+    """A 2-D convolution, groups = 1, NCHW: sizes of one kernel."""
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    in_size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """(height, width) of the output."""
+        h, w = (
+            (self.in_size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i in (0, 1)
+        )
+        return h, w
+
+
+class AbstractLinearKernels(ABC):
+    """Int8 linear layers of one ISA: quantize once per input, then dense or low-rank products."""
+
+    name: ClassVar[str]
+    rank_step: ClassVar[int]
+    """Ranks must be multiples of this."""
+
+    @abstractmethod
+    def quantize(self, m: int, k: int) -> Kernel:
+        """(x [m, k] f32) -> (codes, scales [>= m] f32), codes in this family's own layout."""
+
+    @abstractmethod
+    def pack_dense(self, w: Matrix, bias: F32) -> Packed:
+        """Weights of `dense`."""
+
+    @abstractmethod
+    def dense(self, m: int, n: int, k: int, epilogue: str = "", *, raw: bool = False) -> Kernel:
+        """(codes, scales, *pack_dense, [residual [m, n] f32]) -> y [m, n] f32.
+
+        The residual is an argument only if `epilogue` has the step "add". With `raw` the output is
+        the int32 accumulator instead (for tests), and there is no epilogue.
+        """
+
+    @abstractmethod
+    def pack_low_rank(self, low: Matrix, high: Matrix, bias: F32) -> Packed:
+        """Weights of `low_rank` at the largest rank; every smaller rank reads a prefix."""
+
+    @abstractmethod
+    def low_rank(
+        self, m: int, n: int, k: int, rank: int, rank_max: int, epilogue: str = ""
+    ) -> Kernel:
+        """(codes, scales, *pack_low_rank at rank_max, [residual]) -> y [m, n] f32.
+
+        Reads the first `rank` components of buffers packed for `rank_max`.
+        """
+
+
+class AbstractConvKernels(ABC):
+    """Int8 2-D convolutions of one ISA, NCHW float32 in and out."""
+
+    name: ClassVar[str]
+    rank_step: ClassVar[int]
+
+    @abstractmethod
+    def quantize(self, shape: ConvShape) -> Kernel:
+        """(x [batch, in, h, w] f32) -> (codes in this family's layout, scales [batch] f32)."""
+
+    @abstractmethod
+    def pack(self, w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
+        """Weights of `conv`. `w.q` is [out_max, in_max, kh, kw], at least the shape's channels.
+
+        Packed so that `conv` can run any prefix of the channels (in steps of `rank_step`).
+        """
+
+    @abstractmethod
+    def conv(
+        self,
+        shape: ConvShape,
+        channels_max: tuple[int, int] | None = None,
+        epilogue: str = "",
+        *,
+        raw: bool = False,
+    ) -> Kernel:
+        """(codes, scales, *pack, [residual [batch, out, oh, ow] f32]) -> y [batch, out, oh, ow] f32.
+
+        `channels_max` is (out_max, in_max) of the packed weights; None: exactly the shape's.
+        """

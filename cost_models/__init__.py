@@ -1,0 +1,1 @@
+"""Cost models: predicted latency and energy of a format on a target."""

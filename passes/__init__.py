@@ -1,0 +1,1 @@
+"""FX passes: capture, normalize, rewrite; every pass copies, logs and verifies."""

@@ -1,0 +1,1 @@
+"""T3C. Importing this package loads neither torch nor tvm."""

@@ -1,0 +1,1 @@
+"""Drift of profiles: statistics and bounds."""

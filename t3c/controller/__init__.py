@@ -1,0 +1,1 @@
+"""Profile chains: the search over per-layer formats."""

@@ -1,0 +1,1 @@
+"""Elastic torch modules, factorizers and fake quantization."""
