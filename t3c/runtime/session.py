@@ -1,0 +1,331 @@
+"""A loaded artifact: pick a profile within a budget, call it, switch at any time.
+
+Switching stores one reference. A call reads that reference once and runs to its end on the record
+it read, so that concurrent switches never mix two profiles. No switch moves a weight.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from t3c.core.artifact import Artifact
+from t3c.core.budget import Budget, Selector
+from t3c.core.errors import ArtifactError, T3CError
+from t3c.core.manifest import CompiledProfile, Manifest, TensorSpec
+from t3c.core.profile import Label, Profile, Timing
+from t3c.core.structure import Tree, flatten, unflatten
+from t3c.runtime import host, tvm_vm
+from t3c.runtime.weights import ALIGNMENT, Weights, aligned, aligned_copy
+
+
+def load(artifact: str | os.PathLike[str] | Artifact, *, hashes: bool = True) -> "Session":
+    """Open an artifact on this machine.
+
+    Args:
+        artifact: Its folder, or what `lower` returned.
+        hashes: Compare the SHA-256 of every file; sizes and paths are checked either way.
+
+    Raises:
+        ArtifactError: Damaged, too new, or files that lead outside the folder.
+        TargetError: Built for another machine.
+    """
+    found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
+    found.verify(hashes=hashes)
+    host.check(found.manifest.target, found.library)
+    return Session(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One profile of a session, callable like the model, whatever the session switches to.
+
+    Attributes:
+        profile: Its formats, costs and certificate.
+    """
+
+    profile: Profile
+    _function: str = field(repr=False)
+    _weights: Any = field(repr=False)
+    _session: "Session" = field(repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; see `Session.__call__`."""
+        return self._session._run(self, args, kwargs)  # pyright: ignore[reportPrivateUsage]
+
+
+class Session:
+    """An artifact in memory. Safe to call and to switch from any number of threads.
+
+    Attributes:
+        path: Folder of the artifact.
+        manifest: What the artifact says of itself.
+        weight_bytes_copied: Bytes of weights that had to be copied at load; no switch adds to it.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        """Load library and weights; use `t3c.load`, which also verifies the files."""
+        self.path: Path = artifact.path
+        self.manifest: Manifest = artifact.manifest
+        self.weight_bytes_copied = 0
+        self._library = tvm_vm.Library(artifact.library, self.manifest.target.kind)
+        self._weights = Weights(artifact.weights)
+        self._tensors: dict[str, Any] = {}
+        self._bind = Binder(self.manifest.input_tree, self.manifest.inputs)
+        self._variants = {p.profile.name: self._variant(p) for p in self.manifest.profiles}
+        self._selector = Selector(self.manifest.chain)
+        self._current = self._variants[self.manifest.profiles[-1].profile.name]
+        self._lock = threading.Lock()
+        self._switches = 0
+        self._input_bytes_copied = 0
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """All profiles, smallest first."""
+        return tuple(variant.profile for variant in self._variants.values())
+
+    @property
+    def profile(self) -> Profile:
+        """The profile that the next call runs; the largest at first."""
+        return self._current.profile
+
+    @property
+    def variants(self) -> Mapping[str, Variant]:
+        """Profile name -> callable fixed to that profile."""
+        return MappingProxyType(self._variants)
+
+    @property
+    def switches(self) -> int:
+        """How often another profile was picked."""
+        return self._switches
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes copied so far: weights at load, and inputs that no kernel could read in place."""
+        return self.weight_bytes_copied + self._input_bytes_copied
+
+    def set_profile(self, name: str) -> Profile:
+        """Make later calls run the profile called `name`; calls under way are not disturbed.
+
+        Raises:
+            T3CError: No such profile; the message lists them.
+        """
+        if (variant := self._variants.get(name)) is None:
+            raise T3CError(f"no profile {name!r}; there are {', '.join(self._variants)}")
+        with self._lock:
+            self._switches += variant is not self._current
+            self._current = variant
+        return variant.profile
+
+    def set_budget(
+        self,
+        *,
+        latency_ms: float | None = None,
+        energy_mj: float | None = None,
+        size_mb: float | None = None,
+        ram_mb: float | None = None,
+    ) -> Profile:
+        """Make later calls run the largest profile that satisfies every limit given.
+
+        Args:
+            latency_ms: Milliseconds of one call, 95th percentile.
+            energy_mj: Millijoules of one call.
+            size_mb: Stored weights of the profile, 10^6 bytes.
+            ram_mb: Memory while it runs, 10^6 bytes.
+
+        Returns:
+            The profile.
+
+        Raises:
+            InfeasibleBudget: None fits; names the smallest feasible budget. Nothing changes.
+        """
+        budget = Budget(latency_ms=latency_ms, energy_mj=energy_mj, size_mb=size_mb, ram_mb=ram_mb)
+        return self.set_profile(self._selector.select(budget).name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the current profile.
+
+        Takes numpy arrays, torch tensors or anything else with DLPack, nested as the model's own
+        arguments, or flat by position and input name. Contiguous arrays that start at a multiple
+        of 64 bytes (torch's do) are read in place, others are copied once and counted.
+
+        Returns:
+            The model's own output structure; torch tensors if an input was one, else numpy arrays.
+
+        Raises:
+            TypeError: An input is missing, unknown, no array, or of another dtype.
+            ValueError: An input has another shape, or is not contiguous.
+        """
+        return self._current(*args, **kwargs)
+
+    def benchmark(
+        self, profile: str, inputs: Sequence[Any] | Mapping[str, Any], calls: int, warmup: int
+    ) -> Timing:
+        """Time calls of one profile, one after the other.
+
+        Args:
+            profile: Its name.
+            inputs: Positional arguments, or keyword arguments.
+            calls: Timed calls, at least 1.
+            warmup: Calls before, not timed.
+        """
+        samples = self.samples((profile,), inputs, calls, warmup)[profile]
+        return summarize(samples)
+
+    def samples(
+        self,
+        profiles: Sequence[str],
+        inputs: Sequence[Any] | Mapping[str, Any],
+        calls: int,
+        warmup: int,
+    ) -> dict[str, list[float]]:
+        """Seconds of every call, profiles interleaved so that noise meets all of them alike."""
+        if calls < 1:
+            raise ValueError(f"calls is {calls}; at least 1 is needed")
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        times: dict[str, list[float]] = {name: [] for name in profiles}
+        for call in range(-warmup, calls):
+            for name in profiles:
+                variant = self._variants[name]
+                start = time.perf_counter()
+                variant(*args, **kwargs)
+                if call >= 0:
+                    times[name].append(time.perf_counter() - start)
+        return times
+
+    def _variant(self, compiled: CompiledProfile) -> Variant:
+        self._library.function(compiled.function)
+        tensors = tvm_vm.group([self._tensor(name) for name in compiled.weights])
+        return Variant(compiled.profile, compiled.function, tensors, self)
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._tensors:
+            if name not in self._weights:
+                raise ArtifactError(f"{self._weights.path}: has no tensor {name!r}")
+            array = self._weights[name]
+            if not aligned(array):
+                self.weight_bytes_copied += array.nbytes
+                array = aligned_copy(array)
+            self._tensors[name] = self._library.place(tvm_vm.share(array))
+        return self._tensors[name]
+
+    def _run(self, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = self._bind(args, kwargs)
+        specs = self.manifest.inputs
+        inputs = [self._input(spec, v) for spec, v in zip(specs, given, strict=True)]
+        function = self._library.function(variant._function)  # pyright: ignore[reportPrivateUsage]
+        outputs = function(*inputs, variant._weights)  # pyright: ignore[reportPrivateUsage]
+        flat = tvm_vm.flat(outputs)
+        torch: Any = sys.modules.get("torch")
+        if torch is not None and any(isinstance(value, torch.Tensor) for value in given):
+            leaves = (torch.from_dlpack(tensor) for tensor in flat)
+        else:
+            leaves = (tvm_vm.to_numpy(tensor) for tensor in flat)
+        return unflatten(self.manifest.output_tree, leaves)
+
+    def _input(self, spec: TensorSpec, value: Any) -> Any:
+        check_input(spec, value)
+        torch: Any = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
+            value = value.detach()
+        if isinstance(value, np.ndarray) and not (value.flags.writeable and aligned(value)):
+            value = self._copied(value)  # DLPack refuses read-only arrays
+        tensor = tvm_vm.share(value)
+        if tvm_vm.on_host(tensor) and not isinstance(value, np.ndarray):
+            view = tvm_vm.to_numpy(tensor)
+            if not aligned(view):
+                tensor = tvm_vm.share(self._copied(view))
+        return self._library.place(tensor) if tvm_vm.on_host(tensor) else tensor
+
+    def _copied(self, array: Any) -> Any:
+        with self._lock:
+            self._input_bytes_copied += array.nbytes
+        return aligned_copy(array)
+
+
+class Binder:
+    """Finds the flat inputs in the arguments of a call."""
+
+    def __init__(self, tree: Tree, specs: Sequence[TensorSpec]) -> None:
+        """Take the nesting of the model's arguments and the names of its flat inputs."""
+        self._tree = tree
+        self._names = [spec.name for spec in specs]
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The inputs in order: as the model nests them, else flat by position and name.
+
+        Raises:
+            TypeError: Neither fits.
+        """
+        try:
+            return flatten(self._tree, (args, kwargs), "arguments")
+        except TypeError as error:
+            return self._by_name(args, kwargs, error)
+
+    def _by_name(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: TypeError
+    ) -> list[Any]:
+        given = dict(zip(self._names, args, strict=False)) | dict(kwargs)
+        hint = f"; this model takes {', '.join(self._names)} ({error})"
+        if len(args) + len(kwargs) > len(given):
+            raise TypeError(f"{len(args)} positional and {list(kwargs)} named inputs overlap{hint}")
+        if unknown := [name for name in given if name not in self._names]:
+            raise TypeError(f"unknown input {unknown[0]!r}{hint}")
+        if missing := [name for name in self._names if name not in given]:
+            raise TypeError(f"missing input {missing[0]!r}{hint}")
+        return [given[name] for name in self._names]
+
+
+def check_input(spec: TensorSpec, value: Any) -> None:
+    """Refuse what the compiled function does not take.
+
+    Raises:
+        TypeError: No array, or another dtype.
+        ValueError: Another shape, or not contiguous.
+    """
+    try:
+        shape = tuple(int(size) for size in value.shape)
+        dtype = str(value.dtype).removeprefix("torch.")
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"input {spec.name!r}: expected a {spec.dtype} array, got {type(value).__name__}"
+        ) from None
+    if dtype != spec.dtype:
+        hint = ""
+        if {dtype, spec.dtype} == {"int32", "int64"}:
+            hint = f"; convert it: numpy x.astype({spec.dtype!r}), torch x.to(torch.{spec.dtype})"
+        raise TypeError(f"input {spec.name!r}: expected {spec.dtype}, got {dtype}{hint}")
+    if shape != spec.shape:
+        raise ValueError(
+            f"input {spec.name!r}: expected shape {list(spec.shape)}, got {list(shape)}; "
+            "shapes were fixed by the example inputs of lower()"
+        )
+    if not _contiguous(value):
+        raise ValueError(
+            f"input {spec.name!r}: not contiguous; try numpy.ascontiguousarray(x) or x.contiguous()"
+        )
+
+
+def _contiguous(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.flags.c_contiguous
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return bool(value.is_contiguous())
+    return bool(tvm_vm.share(value).is_contiguous())
+
+
+def summarize(samples: Sequence[float]) -> Timing:
+    """Median and 95th percentile of measured seconds."""
+    p50, p95 = np.percentile(samples, (50, 95))
+    return Timing(float(p50), float(p95), Label.MEASURED, len(samples), tvm_vm.threads())
+
+
+__all__ = ["ALIGNMENT", "Binder", "Session", "Variant", "check_input", "load", "summarize"]

@@ -1,0 +1,137 @@
+"""A small artifact made by hand, so that the runtime is tested without the compiler pipeline."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t3c.core.artifact import Artifact
+from t3c.core.certificate import Certificate, Observed
+from t3c.core.formats import Dense, LowRank
+from t3c.core.manifest import (
+    CompiledProfile,
+    Manifest,
+    Parity,
+    Stages,
+    TargetInfo,
+    TensorSpec,
+)
+from t3c.core.profile import Energy, Label, Profile, Timing
+from t3c.core.report import ConversionReport, Row
+from t3c.core.structure import LEAF
+from t3c.runtime import bundle
+
+ROWS, K, N, RANK = 4, 16, 32, 8
+NAMES = ("tiny", "max")
+WEIGHTS = {"tiny": ("fc.low", "fc.high", "shift"), "max": ("fc.dense", "shift")}
+
+
+def tensors() -> dict[str, np.ndarray[Any, Any]]:
+    """Weights of both profiles; `shift` has 4 bytes, so that it cannot be aligned in the file."""
+    rng = np.random.default_rng(0)
+    return {
+        "shift": np.float32([0.5]),
+        "fc.low": rng.standard_normal((RANK, K)).astype(np.float32),
+        "fc.high": rng.standard_normal((N, RANK)).astype(np.float32),
+        "fc.dense": rng.standard_normal((N, K)).astype(np.float32),
+    }
+
+
+def inputs(seed: int = 0) -> np.ndarray[Any, Any]:
+    """One input batch."""
+    return np.random.default_rng(seed).standard_normal((ROWS, K)).astype(np.float32)
+
+
+def expected(name: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What profile `name` computes."""
+    w = tensors()
+    y = x @ w["fc.dense"].T if name == "max" else (x @ w["fc.low"].T) @ w["fc.high"].T
+    return y + w["shift"]
+
+
+@cache
+def library(folder: Path) -> Path:
+    """Compile the two functions."""
+    import tvm
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    arrays = tensors()
+    for name in NAMES:
+        x = relax.Var("x", relax.TensorType((ROWS, K), "float32"))
+        fields = [relax.TensorType(arrays[w].shape, "float32") for w in WEIGHTS[name]]
+        weights = relax.Var("weights", relax.TupleType(fields))
+        with builder.function(f"profile_{name}", [x, weights]):
+            with builder.dataflow():
+                y: Any = x
+                for i in range(len(fields) - 1):
+                    w = builder.emit(relax.op.permute_dims(relax.TupleGetItem(weights, i)))
+                    y = builder.emit(relax.op.matmul(y, w))
+                shift = relax.TupleGetItem(weights, len(fields) - 1)
+                shifted = builder.emit(relax.op.add(y, shift))
+                double = builder.emit(relax.op.add(shifted, shifted))
+                out = builder.emit_output(relax.Tuple([shifted, double]))
+            builder.emit_func_output(out)
+    built = relax.build(builder.get(), target=tvm.target.Target({"kind": "llvm"}))
+    path = folder / "toy.so"
+    built.export_library(str(path))
+    return path
+
+
+def profile(name: str) -> Profile:
+    """Costs of one profile, invented."""
+    large = name == "max"
+    return Profile(
+        name=name,
+        formats={"fc": Dense(8) if large else LowRank(RANK, 8)},
+        macs=ROWS * (N * K if large else RANK * (N + K)),
+        storage_bytes=2052 if large else 1540,
+        ram_bytes=4000 if large else 3000,
+        latency=Timing(1e-3, 2e-3, Label.PREDICTED)
+        if large
+        else Timing(5e-4, 1e-3, Label.PREDICTED),
+        energy=Energy(2e-3, Label.ESTIMATED) if large else None,
+        certificate=Certificate(
+            proxy=0.25 if large else 1.5,
+            calibrated=0.1 if large else float("inf"),
+            observed=Observed(0.1, 0.1, 0.2, 0.3, 0.01, None, 8),
+        ),
+    )
+
+
+def manifest(**changes: Any) -> Manifest:
+    """A manifest of the toy; `changes` replace fields."""
+    parity = Parity(1e-7, 1e-3, 4, "device")
+    base = Manifest(
+        target=TargetInfo("x86", "llvm", None, "generic"),
+        stages=Stages(built=True),
+        library="lib/x86.so",
+        inputs=(TensorSpec("x", (ROWS, K), "float32"),),
+        outputs=(
+            TensorSpec("logits", (ROWS, N), "float32"),
+            TensorSpec("double", (ROWS, N), "float32"),
+        ),
+        input_tree={
+            "kind": "tuple",
+            "items": [{"kind": "tuple", "items": [LEAF]}, {"kind": "dict", "items": {}}],
+        },
+        output_tree={"kind": "dict", "items": {"logits": LEAF, "double": LEAF}},
+        profiles=tuple(
+            CompiledProfile(profile(n), f"profile_{n}", WEIGHTS[n], parity) for n in NAMES
+        ),
+        versions={"t3c": "0.1.0", "torch": "2.13.0", "tvm": "0.27.0"},
+        report=ConversionReport(
+            (Row("fc", "linear", "rewritten", "rank up to 16", "rewrite-linear"),)
+        ),
+        assumptions=("bits: 8",),
+        calibration_sha256="00ff",
+    )
+    return replace(base, **changes)
+
+
+def write(folder: Path, **changes: Any) -> Artifact:
+    """An artifact in `folder` (which must not exist or be empty)."""
+    scratch = folder.parent
+    return bundle.write(folder, manifest(**changes), library(scratch), tensors())
