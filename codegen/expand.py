@@ -1,0 +1,209 @@
+"""One Relax function per profile: the skeleton's opaque calls become kernel calls of its formats.
+
+Before: y = call_dps_packed("t3c.opaque.7.site", x)
+After:  codes, scale = call_tir(quantize, x)           once per x, shared by all its consumers
+        y = call_tir(low_rank_r128, codes, scale, weights[3], weights[4], ...)
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from t3c.codegen.import_graph import KernelCall, SiteCall, Skeleton
+from t3c.codegen.kernels.family import Kernel
+from t3c.codegen.tvm_api import parse_function, relax, substitute
+from t3c.codegen.weights import WeightStore, conv_steps, rank_max
+from t3c.core.formats import Format, LowRank
+from t3c.core.sites import ConvSite, LinearSite
+
+
+class ProfileBuilder:
+    """Writes the functions of all profiles into one module; kernels are shared among them."""
+
+    def __init__(self, skeleton: Skeleton, store: WeightStore) -> None:
+        """Start from the skeleton's scheduled functions.
+
+        Args:
+            skeleton: The imported, scheduled network; ``main`` is left out of the result.
+            store: Weights of all profiles.
+        """
+        self.skeleton = skeleton
+        self.store = store
+        self.kernels: dict[str, Any] = {}
+        self.builder = relax.BlockBuilder(skeleton.module)
+
+    def module(self) -> Any:
+        """The module with every profile added so far and without the skeleton."""
+        module = self.builder.finalize()
+        del module["main"]
+        return module
+
+    def add(self, name: str, formats: Mapping[str, Format]) -> tuple[str, ...]:
+        """Add the function of one profile.
+
+        Args:
+            name: Name of the function.
+            formats: Site name -> format.
+
+        Returns:
+            Names of the tensors of its ``weights`` argument, in order.
+        """
+        main = self.skeleton.module["main"]
+        bindings = [b for block in main.body.blocks for b in block.bindings]
+        params = dict(zip(main.params[self.skeleton.inputs :], self.skeleton.params, strict=True))
+        used = relax.analysis.free_vars(main.body)
+        shared = [p for p in params if any(p.same_as(v) for v in used)]
+        sites = {
+            call.site: None
+            for call in self.skeleton.opaque.values()
+            if isinstance(call, SiteCall)
+        }
+        names = [self.store.parameter(params[p], self.skeleton.params[params[p]]) for p in shared]
+        names += [n for site in sites for n in self.store.names(site, formats[site])]
+        inputs = [relax.Var(p.name_hint, p.ty) for p in main.params[: self.skeleton.inputs]]
+        tensors = [self.store.tensors[n] for n in names]
+        weights = relax.Var(
+            "weights", relax.TupleType([relax.TensorType(t.shape, str(t.dtype)) for t in tensors])
+        )
+        with self.builder.function(name, [*inputs, weights]), _Body(self, names, weights) as body:
+            for old, new in zip(main.params, inputs, strict=False):
+                body.bind(old, new)
+            for param in shared:
+                body.bind(param, body.weight(params[param]))
+            for binding in bindings:
+                body.translate(binding, formats)
+            out = body.value(main.body.body)
+            body.finish(out)
+        return tuple(names)
+
+    def kernel(self, kernel: Kernel) -> Any:
+        """The kernel's global variable; parsed and added on first use."""
+        if kernel.name not in self.kernels:
+            self.kernels[kernel.name] = self.builder.add_func(parse_function(kernel.source), kernel.name)
+        return self.kernels[kernel.name]
+
+
+class _Body:
+    """The dataflow block of one profile's function while it is written."""
+
+    def __init__(self, owner: ProfileBuilder, names: list[str], weights: Any) -> None:
+        self.owner = owner
+        self.builder = owner.builder
+        self.index = {name: i for i, name in enumerate(names)}
+        self.weights = weights
+        self.values: dict[Any, Any] = {}
+        self.loaded: dict[str, Any] = {}
+        self.quantized: dict[tuple[Any, str], tuple[Any, ...]] = {}
+        self.flow: Any = None
+
+    def __enter__(self) -> "_Body":
+        self.flow = self.builder.dataflow()
+        self.flow.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self.flow.__exit__(*error)
+
+    def finish(self, out: Any) -> None:
+        result = self.builder.emit_output(out)
+        self.flow.__exit__(None, None, None)
+        self.builder.emit_func_output(result)
+
+    def bind(self, old: Any, new: Any) -> None:
+        self.values[old] = new
+
+    def value(self, expr: Any) -> Any:
+        return substitute(expr, self.values)
+
+    def weight(self, name: str) -> Any:
+        if name not in self.loaded:
+            item = relax.TupleGetItem(self.weights, self.index[name])
+            self.loaded[name] = self.builder.emit(item)
+        return self.loaded[name]
+
+    def translate(self, binding: Any, formats: Mapping[str, Format]) -> None:
+        """Copy one binding, or replace it if it is an opaque call."""
+        call = binding.value
+        key = _opaque_key(call)
+        if key is None:
+            self.bind(binding.var, self.builder.emit(self.value(call)))
+            return
+        args = [self.value(a) for a in call.args[1].fields]
+        what = self.owner.skeleton.opaque[key]
+        if isinstance(what, KernelCall):
+            result = self._kernel_call(what, args)
+        else:
+            site = self.owner.store.sites[what.site]
+            expand = self._linear if isinstance(site, LinearSite) else self._conv
+            result = expand(site, formats[what.site], what, args)  # type: ignore[operator]
+        self.bind(binding.var, result)
+
+    def call(self, kernel: Kernel, args: list[Any]) -> Any:
+        """One kernel call; the result is a tensor, or a tuple where the kernel has several."""
+        types = [relax.TensorType(shape, dtype) for shape, dtype in kernel.outs]
+        out = types[0] if len(types) == 1 else types
+        return self.builder.emit(relax.call_tir(self.owner.kernel(kernel), args, out))
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        if tuple(int(n) for n in x.ty.shape.values) == shape:
+            return x
+        return self.builder.emit(relax.op.reshape(x, shape))
+
+    def quantize(self, x: Any, kernel: Kernel, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """Codes and scales of x, made once for each layout that a consumer asks for."""
+        key = (x, kernel.name)
+        if key not in self.quantized:
+            pair = self.call(kernel, [self.reshape(x, shape)])
+            self.quantized[key] = tuple(
+                self.builder.emit(relax.TupleGetItem(pair, i)) for i in range(2)
+            )
+        return self.quantized[key]
+
+    def _kernel_call(self, what: KernelCall, args: list[Any]) -> Any:
+        shaped = [self.reshape(a, s) for a, s in zip(args, what.shapes, strict=True)]
+        return self.reshape(self.call(what.kernel, shaped), what.out_shape)
+
+    def _linear(self, site: LinearSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
+        family = self.owner.store.families.linear
+        m = prod(what.out_shape[:-1])
+        codes = self.quantize(args[0], family.quantize(m, site.k), (m, site.k))
+        weights = [self.weight(n) for n in self.owner.store.names(site.name, fmt)]
+        extra = [self.reshape(a, (m, site.n)) for a in args[1:]]
+        if isinstance(fmt, LowRank):
+            most = rank_max(site, self.owner.store.codes[site.name])
+            kernel = family.low_rank(m, site.n, site.k, fmt.rank, most, what.epilogue)
+        else:
+            kernel = family.dense(m, site.n, site.k, what.epilogue)
+        y = self.call(kernel, [*codes, *weights, *extra])
+        return self.reshape(y, what.out_shape)
+
+    def _conv(self, site: ConvSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
+        store = self.owner.store
+        family = store.families.conv
+        batch, _, *size = (int(n) for n in args[0].ty.shape.values)
+        here = replace(
+            site,
+            batch=batch,
+            in_size=(size[0], size[1]),
+            out_size=(what.out_shape[2], what.out_shape[3]),
+        )
+        names = store.names(site.name, fmt)
+        y = args[0]
+        for step in conv_steps(here, store.codes[site.name], fmt):
+            shape = (batch, step.shape.in_channels, *step.shape.in_size)
+            codes = self.quantize(y, family.quantize(step.shape), shape)
+            weights = [self.weight(n) for n in names if n.startswith(f"{site.name}:{step.part}.")]
+            inputs, epilogue = ([*weights, *args[1:]], what.epilogue) if step.last else (weights, "")
+            kernel = family.conv(step.shape, step.channels_max, epilogue)
+            y = self.call(kernel, [*codes, *inputs])
+        return self.reshape(y, what.out_shape)
+
+
+def _opaque_key(call: Any) -> str | None:
+    """The key into `Skeleton.opaque` if `call` is an opaque call."""
+    if isinstance(call, relax.Call) and getattr(call.op, "name", "") == "relax.call_dps_packed":
+        return str(call.args[0].global_symbol)
+    return None
+

@@ -1,0 +1,204 @@
+"""ExportedProgram to Relax: TVM's importer for the network, opaque calls for what T3C has kernels for.
+
+An opaque call is a `call_dps_packed` whose name is a key into `Skeleton.opaque`. It survives
+legalization and fusion untouched; `expand.py` replaces it, profile by profile, by kernel calls.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.export.graph_signature import InputKind
+
+from t3c.codegen.kernels.attention import attention
+from t3c.codegen.kernels.family import Kernel
+from t3c.codegen.kernels.norm import layer_norm
+from t3c.codegen.kernels.softmax import softmax
+from t3c.codegen.tvm_api import from_exported_program, relax
+from t3c.core.errors import LoweringError
+from t3c.targets.base import TargetSpec
+
+PREFIX = "t3c.opaque."
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCall:
+    """One elastic layer: arguments are x and, if the epilogue adds one, the residual.
+
+    Attributes:
+        site: Name of the site.
+        epilogue: Epilogue steps, comma separated.
+        out_shape: Shape of the result.
+    """
+
+    site: str
+    epilogue: str
+    out_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """One float kernel, the same in every profile.
+
+    Attributes:
+        kernel: The kernel; its first inputs are the arguments, reshaped to `shapes`.
+        shapes: Shape of each argument as the kernel takes it.
+        out_shape: Shape of the result in the graph.
+        norm: (rows, cols, eps) of a layer norm whose rows a linear layer may quantize; else None.
+    """
+
+    kernel: Kernel
+    shapes: tuple[tuple[int, ...], ...]
+    out_shape: tuple[int, ...]
+    norm: tuple[int, int, float] | None = None
+
+
+Opaque = SiteCall | KernelCall
+
+
+@dataclass(slots=True)
+class Skeleton:
+    """The network with holes.
+
+    Attributes:
+        module: Relax module; ``main`` takes the inputs, then the parameters.
+        inputs: Number of user inputs.
+        params: Parameter name (the user's path) -> value, in the order of ``main``.
+        opaque: Name of each opaque call -> what it stands for.
+    """
+
+    module: Any
+    inputs: int
+    params: dict[str, NDArray[np.generic]]
+    opaque: dict[str, Opaque] = field(default_factory=dict)
+
+
+def import_program(program: torch.export.ExportedProgram, spec: TargetSpec) -> Skeleton:
+    """Translate an exported graph with placeholder ops.
+
+    Args:
+        program: Result of `torch.export.export` of a lowering graph (passes/pipeline.py).
+        spec: Target; its vector width goes into the float kernels.
+
+    Raises:
+        LoweringError: The importer does not know an operator; the message names it.
+    """
+    program = program.run_decompositions({})
+    opaque: dict[str, Opaque] = {}
+    try:
+        module = from_exported_program(
+            program,
+            keep_params_as_input=True,
+            run_ep_decomposition=False,
+            no_bind_return_tuple=True,
+            custom_convert_map=_converters(opaque, spec),
+        )
+    except (AssertionError, KeyError, ValueError, NotImplementedError) as error:
+        raise LoweringError(
+            f"TVM's importer cannot translate this graph: {error}. Exclude the part that holds the "
+            "operator, or rewrite it with operators that the importer knows."
+        ) from error
+    main = module["main"]
+    inputs = int(main.attrs["num_input"])
+    module["main"] = main.without_attr("params") if "params" in main.attrs else main
+    return Skeleton(module, inputs, _parameters(program), opaque)
+
+
+def _parameters(program: torch.export.ExportedProgram) -> dict[str, NDArray[np.generic]]:
+    """Values of everything lifted out of the graph, in the importer's order."""
+    found: dict[str, NDArray[np.generic]] = {}
+    for item in program.graph_signature.input_specs:
+        if item.kind is InputKind.USER_INPUT:
+            continue
+        target = str(item.target)
+        table: Mapping[str, Any] = (
+            program.constants
+            if target in program.constants and target not in program.state_dict
+            else program.state_dict
+        )
+        value = table[target].detach().cpu().contiguous()
+        found[target] = value.numpy()
+    return found
+
+
+Converter = Callable[[torch.fx.Node, Any], Any]
+
+
+def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Converter]:
+    """What the importer must not translate itself: TVM's key of the operator -> converter."""
+
+    def emit(importer: Any, name: str, what: Opaque, args: list[Any]) -> Any:
+        key = f"{PREFIX}{len(opaque)}.{name}"
+        opaque[key] = what
+        ty = relax.TensorType(what.out_shape, "float32")
+        call = relax.call_dps_packed(key, relax.Tuple(args), out_ty=ty)
+        return importer.block_builder.emit(call)
+
+    def site(node: torch.fx.Node, importer: Any) -> Any:
+        x, residual, name, epilogue = node.args[:4]
+        args = [importer.env[a] for a in (x, residual) if a is not None]
+        return emit(importer, "site", SiteCall(str(name), str(epilogue), _shape(node)), args)
+
+    def attend(node: torch.fx.Node, importer: Any) -> Any:
+        q, k, v, mask, heads, kv_heads, scale, causal = node.args
+        args = [a for a in (q, k, v, mask) if isinstance(a, torch.fx.Node)]
+        shapes = tuple(_shape(a) for a in args)
+        (batch, q_len, width), (_, kv_len, _) = shapes[0], shapes[1]
+        kernel = attention(
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            q_len=q_len,
+            kv_len=kv_len,
+            head_dim=width // heads,
+            value_dim=shapes[2][2] // kv_heads,
+            scale=scale,
+            mask=shapes[3] if len(shapes) > 3 else None,
+            causal=causal,
+            lanes=spec.vector,
+        )
+        call = KernelCall(kernel, shapes, _shape(node))
+        return emit(importer, "attention", call, [importer.env[a] for a in args])
+
+    def norm(node: torch.fx.Node, importer: Any) -> Any:
+        x, normalized = node.args[0], node.args[1]
+        affine = [a for a in node.args[2:4] if isinstance(a, torch.fx.Node)]
+        if len(normalized) != 1 or len(affine) != 2 or not isinstance(x, torch.fx.Node):
+            return importer._layer_norm(node)
+        eps = float(node.args[4]) if len(node.args) > 4 else 1e-5
+        shape = _shape(x)
+        rows, cols = prod(shape[:-1]), shape[-1]
+        kernel = layer_norm(rows, cols, eps, lanes=spec.vector)
+        call = KernelCall(kernel, ((rows, cols), (cols,), (cols,)), shape, (rows, cols, eps))
+        return emit(importer, "layer_norm", call, [importer.env[a] for a in (x, *affine)])
+
+    def soft(node: torch.fx.Node, importer: Any) -> Any:
+        x, axis = node.args[0], int(node.args[1])
+        shape = _shape(x)
+        if axis not in (-1, len(shape) - 1) or _dtype(x) != torch.float32:
+            return importer._softmax(node)
+        rows, cols = prod(shape[:-1]), shape[-1]
+        kernel = softmax(rows, cols, lanes=spec.vector)
+        call = KernelCall(kernel, ((rows, cols),), shape)
+        return emit(importer, "softmax", call, [importer.env[x]])
+
+    return {
+        "site_linear.default": site,
+        "site_conv.default": site,
+        "attention.default": attend,
+        "layer_norm.default": norm,
+        "softmax.int": soft,
+        "_softmax.default": soft,
+    }
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in node.meta["val"].shape)
+
+
+def _dtype(node: Any) -> torch.dtype:
+    return node.meta["val"].dtype  # type: ignore[no-any-return]

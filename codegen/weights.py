@@ -1,0 +1,233 @@
+"""The weight file of an artifact: every tensor that some profile reads, packed once, shared by all."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t3c.codegen.kernels.family import (
+    AbstractConvKernels,
+    AbstractLinearKernels,
+    ConvShape,
+    Packed,
+)
+from t3c.core.codes import F32, Matrix, SiteCodes
+from t3c.core.errors import LoweringError
+from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.sites import ConvSite, LinearSite, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Families:
+    """The kernels of one target.
+
+    Attributes:
+        linear: Int8 linear kernels.
+        conv: Int8 convolution kernels.
+        lanes: Float32 lanes of a vector register, for the float kernels.
+    """
+
+    linear: AbstractLinearKernels
+    conv: AbstractConvKernels
+    lanes: int
+
+
+def conv_shape(site: ConvSite) -> ConvShape:
+    """The whole layer as one convolution."""
+    return ConvShape(
+        batch=site.batch,
+        in_channels=site.in_channels,
+        out_channels=site.out_channels,
+        in_size=site.in_size,
+        kernel=site.kernel,
+        stride=site.stride,
+        padding=site.padding,
+        dilation=site.dilation,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ConvStep:
+    """One convolution of a factorized layer.
+
+    Attributes:
+        part: Name of its weights within the site.
+        shape: Its sizes in this profile.
+        channels_max: (out, in) channels of the packed weights.
+        codes: Weights at the largest ranks.
+        bias: Added to the last step only.
+        last: Whether the layer's epilogue follows.
+    """
+
+    part: str
+    shape: ConvShape
+    channels_max: tuple[int, int]
+    codes: Matrix
+    bias: F32 | None
+    last: bool = False
+
+
+def conv_steps(site: ConvSite, codes: SiteCodes, fmt: Format) -> tuple[ConvStep, ...]:
+    """The convolutions that one format of a site runs, in order.
+
+    Before: y = conv(x)
+    After:  y = conv(x)                          dense
+            y = expand(reduce(x))                lowrank (1x1 windows)
+            y = expand(core(reduce(x)))          tucker2
+    """
+    whole = conv_shape(site)
+    match fmt:
+        case Dense():
+            dense = _need(codes.dense, site, fmt)
+            full = (site.out_channels, site.in_channels)
+            return (ConvStep("dense", whole, full, dense, codes.bias, True),)
+        case LowRank():
+            low, high = _need(codes.low, site, fmt), _need(codes.high, site, fmt)
+            first = _pointwise(whole, site.in_channels, fmt.rank, site.in_size, whole)
+            last = _pointwise(whole, fmt.rank, site.out_channels, site.out_size, None)
+            rank = low.q.shape[0]
+            return (
+                ConvStep("low", first, (rank, site.in_channels), _as_conv(low), None),
+                ConvStep("high", last, (site.out_channels, rank), _as_conv(high), codes.bias, True),
+            )
+        case Tucker2():
+            reduce, core, expand = (
+                _need(m, site, fmt) for m in (codes.reduce, codes.core, codes.expand)
+            )
+            first = _pointwise(whole, site.in_channels, fmt.rank_in, site.in_size, None)
+            middle = ConvShape(
+                batch=site.batch,
+                in_channels=fmt.rank_in,
+                out_channels=fmt.rank_out,
+                in_size=site.in_size,
+                kernel=site.kernel,
+                stride=site.stride,
+                padding=site.padding,
+                dilation=site.dilation,
+            )
+            last = _pointwise(whole, fmt.rank_out, site.out_channels, site.out_size, None)
+            r_out, r_in = core.q.shape[:2]
+            return (
+                ConvStep("reduce", first, (r_in, site.in_channels), _as_conv(reduce), None),
+                ConvStep("core", middle, (r_out, r_in), core, None),
+                ConvStep(
+                    "expand", last, (site.out_channels, r_out), _as_conv(expand), codes.bias, True
+                ),
+            )
+        case CP():
+            raise LoweringError(f"site {site.name!r}: format {fmt} has no kernel on this target")
+
+
+def _pointwise(
+    like: ConvShape, c_in: int, c_out: int, size: tuple[int, int], window: ConvShape | None
+) -> ConvShape:
+    """A 1x1 convolution; stride and padding from `window`, or none."""
+    return ConvShape(
+        batch=like.batch,
+        in_channels=c_in,
+        out_channels=c_out,
+        in_size=size,
+        kernel=(1, 1),
+        stride=window.stride if window else (1, 1),
+        padding=window.padding if window else (0, 0),
+        dilation=(1, 1),
+    )
+
+
+def _as_conv(m: Matrix) -> Matrix:
+    return Matrix(m.q.reshape(*m.q.shape, 1, 1), m.scale)
+
+
+def _need(m: Matrix | None, site: Site, fmt: Format) -> Matrix:
+    if m is None:
+        raise LoweringError(f"site {site.name!r}: no weights were made for format {fmt}")
+    return m
+
+
+@dataclass(slots=True)
+class WeightStore:
+    """Packs the parts of sites on first use.
+
+    Attributes:
+        sites: Site name -> site.
+        codes: Site name -> integer weights at the largest ranks in use.
+        families: Kernels, which know their packing.
+        tensors: Tensor name -> array, in the order of first use.
+    """
+
+    sites: Mapping[str, Site]
+    codes: Mapping[str, SiteCodes]
+    families: Families
+    tensors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    _parts: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    _counted: dict[tuple[str, Format], int] = field(default_factory=dict)
+
+    def parameter(self, name: str, value: NDArray[np.generic]) -> str:
+        """Keep a parameter that no site owns (an embedding, a norm's gain)."""
+        self.tensors.setdefault(name, value)
+        return name
+
+    def names(self, site: str, fmt: Format) -> tuple[str, ...]:
+        """Tensors that `fmt` of `site` reads, in the order in which its kernels take them."""
+        return tuple(
+            name for part, pack in self._packers(site, fmt) for name in self._part(site, part, pack)
+        )
+
+    def _part(self, site: str, part: str, pack: Callable[[], Packed]) -> tuple[str, ...]:
+        key = (site, part)
+        if key not in self._parts:
+            packed = {f"{site}:{part}.{name}": value for name, value in pack().items()}
+            self.tensors.update(packed)
+            self._parts[key] = tuple(packed)
+        return self._parts[key]
+
+    def _packers(
+        self, name: str, fmt: Format, *, exact: bool = False
+    ) -> list[tuple[str, Callable[[], Packed]]]:
+        """(part, packing) of a format; `exact` packs only the ranks that this format reads."""
+        site, codes, linear, conv = (
+            self.sites[name], self.codes[name], self.families.linear, self.families.conv,
+        )  # fmt: skip
+        if isinstance(site, ConvSite):
+            return [
+                (s.part, lambda s=s: conv.pack(*_sized(s, exact)))  # type: ignore[misc]
+                for s in conv_steps(site, codes, fmt)
+            ]
+        match fmt:
+            case Dense():
+                dense = _need(codes.dense, site, fmt)
+                return [("dense", lambda: linear.pack_dense(dense, codes.bias))]
+            case LowRank():
+                low, high = _need(codes.low, site, fmt), _need(codes.high, site, fmt)
+                if exact:
+                    low, high = low.prefix(rows=fmt.rank), high.prefix(cols=fmt.rank)
+                return [("factors", lambda: linear.pack_low_rank(low, high, codes.bias))]
+            case _:
+                raise LoweringError(f"site {name!r} is linear; {fmt} is a convolution format")
+
+    def bytes(self, name: str, fmt: Format) -> int:
+        """Bytes that a file with only this format of the site would hold: packed and counted."""
+        key = (name, fmt)
+        if key not in self._counted:
+            self._counted[key] = sum(
+                value.nbytes
+                for _, pack in self._packers(name, fmt, exact=True)
+                for value in pack().values()
+            )
+        return self._counted[key]
+
+
+def _sized(step: ConvStep, exact: bool) -> tuple[Matrix, F32 | None, ConvShape]:
+    """Arguments of `pack`: all channels that are stored, or only those that the step reads."""
+    if not exact:
+        return step.codes, step.bias, step.shape
+    cut = step.codes.prefix(rows=step.shape.out_channels, cols=step.shape.in_channels)
+    return cut, step.bias, step.shape
+
+
+def rank_max(site: LinearSite, codes: SiteCodes) -> int:
+    """The rank for which a linear site's factors are packed."""
+    if codes.low is None:
+        raise LoweringError(f"site {site.name!r}: no low-rank factors were made")
+    return int(codes.low.q.shape[0])

