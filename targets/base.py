@@ -15,6 +15,7 @@ class Roofline:
         quantize_s: Seconds per input element quantized.
         store_s: Seconds per output element dequantized and stored.
         call_s: Seconds per kernel call.
+        tile: (rows, outputs, inputs) that the int8 kernels compute at once: sizes round up to it.
     """
 
     int8_macs_s: float
@@ -23,6 +24,7 @@ class Roofline:
     quantize_s: float
     store_s: float
     call_s: float
+    tile: tuple[int, int, int] = (1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ def test_more_budget_never_selects_less_on_10000_pairs(rising: bool) -> None:
     for _ in range(10_000):
         small = token(rng)
         more = {n: v * rng.choice([1.0, rng.uniform(1, 3)]) for n, v in small.components.items()}
-        large = Budget(**more, percentile=small.percentile)  # type: ignore[arg-type]
+        large = Budget(**more, percentile=small.percentile)
         assert index(small) <= index(large)
 
 
@@ -103,7 +103,7 @@ def test_retrying_with_the_named_minimum_succeeds(rising: bool) -> None:
             assert error.failing
             assert set(error.failing) <= set(budget.components)
             assert error.minimum.keys() == budget.components.keys()
-            select(chain, Budget(**error.minimum, percentile=budget.percentile))  # type: ignore[arg-type]
+            select(chain, Budget(**error.minimum, percentile=budget.percentile))
             if rising:
                 smallest = costs(chain.profiles[0], budget.percentile)
                 assert error.minimum == {n: smallest[n] for n in budget.components}

@@ -1,0 +1,81 @@
+"""What a cost model promises."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from t3c.core.formats import Format
+from t3c.core.sites import Site
+from t3c.targets.base import TargetSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One layer in one format: what is asked of a model, or what was measured.
+
+    Attributes:
+        site: The layer and its shape.
+        format: How it is stored and computed.
+        threads: Threads that the kernels use.
+    """
+
+    site: Site
+    format: Format
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse fewer than one thread."""
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; a kernel runs on at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a network does outside its elastic layers.
+
+    Attributes:
+        f32_macs: Multiply-adds in float32.
+        bytes_moved: Bytes read and written.
+        calls: Kernel calls.
+    """
+
+    f32_macs: int = 0
+    bytes_moved: int = 0
+    calls: int = 0
+
+
+class AbstractCostModel(ABC):
+    """Seconds of one call, predicted (the median); more rank is never faster."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, spec: TargetSpec) -> Self:
+        """The model with nothing but the constants of the target."""
+
+    @abstractmethod
+    def fit(self, rows: Sequence[Row], seconds: Sequence[float]) -> Self:
+        """A model that agrees better with measurements of this target.
+
+        Args:
+            rows: What was measured.
+            seconds: Median time of each.
+        """
+
+    @abstractmethod
+    def predict(self, rows: Sequence[Row]) -> list[float]:
+        """Seconds of each row: quantization of the input, products, write-out."""
+
+    @abstractmethod
+    def predict_rest(self, work: Work, threads: int = 1) -> float:
+        """Seconds of everything that is not an elastic layer."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write the model to the file `path`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: Path) -> Self:
+        """Read a model that predicts exactly what the saved one did."""
