@@ -25,7 +25,7 @@ TARGETS: Mapping[str, str] = {
     "cuda-sm90": "t3c.targets.cuda:SM90",
     "jetson": "t3c.targets.cuda:JETSON",
 }
-"""Name -> "module:ATTRIBUTE": a TargetSpec, or levels, best first, of which the machine takes one."""
+"""Name -> "module:ATTRIBUTE": a TargetSpec, or levels (best first): the machine takes one."""
 
 _HOSTS = {
     "x86_64": "t3c.targets.x86:LEVELS",
