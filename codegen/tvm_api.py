@@ -9,9 +9,23 @@ from typing import Any
 import numpy as np
 import tvm
 from numpy.typing import NDArray
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.frontend.torch import from_exported_program
 
 from t3c.codegen.kernels.family import Kernel
 from t3c.core.errors import LoweringError
+
+__all__ = [
+    "compile_source",
+    "from_exported_program",
+    "make_target",
+    "parse_function",
+    "relax",
+    "runner",
+    "substitute",
+    "tvm",
+]
 
 
 def make_target(config: Mapping[str, object]) -> Any:
@@ -19,14 +33,14 @@ def make_target(config: Mapping[str, object]) -> Any:
     return tvm.target.Target(dict(config))
 
 
-def parse(source: str) -> Any:
-    """The function that a TVMScript text describes.
+def parse_function(source: str) -> Any:
+    """The scheduled function that a TVMScript text describes.
 
     Raises:
         LoweringError: If the text does not parse.
     """
     try:
-        return tvm.script.from_source(source)
+        return tvm.script.from_source(source).with_attr("tirx.is_scheduled", True)
     except Exception as err:
         raise LoweringError(
             f"kernel text does not parse: {err}; this is a defect of the kernel family, the text "
@@ -34,9 +48,29 @@ def parse(source: str) -> Any:
         ) from err
 
 
+@mutator
+class _Substitute(PyExprMutator):  # type: ignore[misc]
+    """Replaces variables."""
+
+    def __init__(self, values: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def visit_var_(self, var: Any) -> Any:
+        return self.values.get(var, var)
+
+    def visit_dataflow_var_(self, var: Any) -> Any:
+        return self.values.get(var, var)
+
+
+def substitute(expr: Any, values: Mapping[Any, Any]) -> Any:
+    """The Relax expression with every variable that is a key of `values` replaced."""
+    return _Substitute(values).visit_expr(expr)
+
+
 def compile_source(name: str, source: str, target: Any) -> Any:
     """A compiled module with the one function `name`."""
-    return tvm.compile(tvm.IRModule({name: parse(source)}), target=target)
+    return tvm.compile(tvm.IRModule({name: parse_function(source)}), target=target)
 
 
 def runner(kernel: Kernel, target: Any) -> Callable[..., tuple[NDArray[np.generic], ...]]:
