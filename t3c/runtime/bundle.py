@@ -18,7 +18,7 @@ from t3c.runtime.template_run import RUN_PY
 def write(
     out: str | os.PathLike[str],
     manifest: Manifest,
-    library: str | os.PathLike[str],
+    library: str | os.PathLike[str] | bytes,
     tensors: Mapping[str, NDArray[Any]],
     extra: Mapping[str, bytes] | None = None,
 ) -> Artifact:
@@ -27,7 +27,7 @@ def write(
     Args:
         out: The folder; an artifact that stands there is replaced.
         manifest: Everything but `files`, which is filled in here.
-        library: The linked shared library; copied to `manifest.library`.
+        library: The linked shared library, its path or content; copied to `manifest.library`.
         tensors: Every tensor that a profile names; all are stored.
         extra: More files, relative path -> content, for example ``report.html``.
 
@@ -40,7 +40,10 @@ def write(
     with writing(out) as folder:
         target = folder / manifest.library
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(library, target)
+        if isinstance(library, bytes):
+            target.write_bytes(library)
+        else:
+            shutil.copyfile(library, target)
         weights.write(folder / WEIGHTS, tensors)
         (folder / "run.py").write_text(RUN_PY)
         for name, content in (extra or {}).items():

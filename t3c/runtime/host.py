@@ -8,6 +8,7 @@ from pathlib import Path
 
 from t3c.core.errors import ArtifactError, TargetError
 from t3c.core.manifest import TargetInfo
+from t3c.targets import cpu_features
 
 _MACHINES = {3: "x86", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}  # ELF e_machine
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64", "i386": "x86", "i686": "x86", "armv7l": "arm"}
@@ -20,20 +21,6 @@ def machine() -> str:
     """Architecture of this process, spelled as in an LLVM triple."""
     name = platform.machine().lower()
     return _ALIASES.get(name, name)
-
-
-@cache
-def cpu_features(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
-    """Feature names of the first processor; empty where the system does not tell."""
-    try:
-        text = Path(cpuinfo).read_text()
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
 
 
 def library_machine(library: Path) -> str:

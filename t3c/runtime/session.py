@@ -117,8 +117,7 @@ class Session:
         Raises:
             T3CError: No such profile; the message lists them.
         """
-        if (variant := self._variants.get(name)) is None:
-            raise T3CError(f"no profile {name!r}; there are {', '.join(self._variants)}")
+        variant = self._named(name)
         with self._lock:
             self._switches += variant is not self._current
             self._current = variant
@@ -193,12 +192,17 @@ class Session:
         times: dict[str, list[float]] = {name: [] for name in profiles}
         for call in range(-warmup, calls):
             for name in profiles:
-                variant = self._variants[name]
+                variant = self._named(name)
                 start = time.perf_counter()
                 variant(*args, **kwargs)
                 if call >= 0:
                     times[name].append(time.perf_counter() - start)
         return times
+
+    def _named(self, name: str) -> Variant:
+        if (variant := self._variants.get(name)) is None:
+            raise T3CError(f"no profile {name!r}; there are {', '.join(self._variants)}")
+        return variant
 
     def _variant(self, compiled: CompiledProfile) -> Variant:
         self._library.function(compiled.function)

@@ -1,11 +1,14 @@
 """A small artifact made by hand, so that the runtime is tested without the compiler pipeline."""
 
+import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tvm
+from tvm import relax
 
 from t3c.core.artifact import Artifact
 from t3c.core.certificate import Certificate, Observed
@@ -25,14 +28,15 @@ from t3c.runtime import bundle
 
 ROWS, K, N, RANK = 4, 16, 32, 8
 NAMES = ("tiny", "max")
-WEIGHTS = {"tiny": ("fc.low", "fc.high", "shift"), "max": ("fc.dense", "shift")}
+WEIGHTS = {"tiny": ("fc.low", "fc.high", "shift", "scale"), "max": ("fc.dense", "shift", "scale")}
 
 
 def tensors() -> dict[str, np.ndarray[Any, Any]]:
-    """Weights of both profiles; `shift` has 4 bytes, so that it cannot be aligned in the file."""
+    """Weights of both profiles; `shift` and `scale` have 4 bytes: one of them is not aligned."""
     rng = np.random.default_rng(0)
     return {
-        "shift": np.float32([0.5]),
+        "shift": np.array([0.5], np.float32),
+        "scale": np.array([2.0], np.float32),
         "fc.low": rng.standard_normal((RANK, K)).astype(np.float32),
         "fc.high": rng.standard_normal((N, RANK)).astype(np.float32),
         "fc.dense": rng.standard_normal((N, K)).astype(np.float32),
@@ -47,37 +51,37 @@ def inputs(seed: int = 0) -> np.ndarray[Any, Any]:
 def expected(name: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """What profile `name` computes."""
     w = tensors()
+    y: np.ndarray[Any, Any]
     y = x @ w["fc.dense"].T if name == "max" else (x @ w["fc.low"].T) @ w["fc.high"].T
-    return y + w["shift"]
+    return np.asarray(y + w["shift"])
 
 
 @cache
-def library(folder: Path) -> Path:
-    """Compile the two functions."""
-    import tvm
-    from tvm import relax
-
+def library() -> bytes:
+    """The shared library with both functions, compiled once per process."""
     builder = relax.BlockBuilder()
     arrays = tensors()
     for name in NAMES:
-        x = relax.Var("x", relax.TensorType((ROWS, K), "float32"))
-        fields = [relax.TensorType(arrays[w].shape, "float32") for w in WEIGHTS[name]]
+        tensor: Any = relax.TensorType
+        x = relax.Var("x", tensor((ROWS, K), "float32"))
+        fields = [tensor(arrays[w].shape, "float32") for w in WEIGHTS[name]]
         weights = relax.Var("weights", relax.TupleType(fields))
         with builder.function(f"profile_{name}", [x, weights]):
             with builder.dataflow():
                 y: Any = x
-                for i in range(len(fields) - 1):
+                last = len(fields) - 1
+                for i in range(last - 1):
                     w = builder.emit(relax.op.permute_dims(relax.TupleGetItem(weights, i)))
                     y = builder.emit(relax.op.matmul(y, w))
-                shift = relax.TupleGetItem(weights, len(fields) - 1)
-                shifted = builder.emit(relax.op.add(y, shift))
-                double = builder.emit(relax.op.add(shifted, shifted))
+                shifted = builder.emit(relax.op.add(y, relax.TupleGetItem(weights, last - 1)))
+                double = builder.emit(relax.op.multiply(shifted, relax.TupleGetItem(weights, last)))
                 out = builder.emit_output(relax.Tuple([shifted, double]))
             builder.emit_func_output(out)
     built = relax.build(builder.get(), target=tvm.target.Target({"kind": "llvm"}))
-    path = folder / "toy.so"
-    built.export_library(str(path))
-    return path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "toy.so"
+        built.export_library(str(path))
+        return path.read_bytes()
 
 
 def profile(name: str) -> Profile:
@@ -133,5 +137,4 @@ def manifest(**changes: Any) -> Manifest:
 
 def write(folder: Path, **changes: Any) -> Artifact:
     """An artifact in `folder` (which must not exist or be empty)."""
-    scratch = folder.parent
-    return bundle.write(folder, manifest(**changes), library(scratch), tensors())
+    return bundle.write(folder, manifest(**changes), library(), tensors())
