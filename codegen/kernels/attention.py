@@ -1,0 +1,381 @@
+"""Fused float32 attention: softmax(q k^T * scale + mask) v, scores never leave the cache.
+
+For each head: k is packed transposed (scaled) and v row by row into register panels once; then for
+each block of queries the scores of all keys, their softmax, and the product with v follow at once.
+"""
+
+from dataclasses import dataclass
+
+from t3c.codegen.kernels.emit import Emitter, buffer, kernel_name
+from t3c.codegen.kernels.family import Kernel
+from t3c.codegen.kernels.vectors import (
+    MINUS_INFINITY,
+    Panels,
+    Vectors,
+    fma_tile,
+    panels,
+    scope,
+    tile,
+)
+
+UNITS = 16
+"""Parallel units to offer: more than the cores of the devices in mind; heads are split to get there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Sizes of one attention: q [batch, q_len, heads * head_dim], v [.., kv_heads * value_dim]."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        """Refuse heads that do not share keys evenly."""
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+
+
+def attention(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    value_dim: int,
+    scale: float,
+    mask: tuple[int, ...] | None,
+    causal: bool,
+    lanes: int,
+) -> Kernel:
+    """(q [B,S,heads*D], k [B,T,kv*D], v [B,T,kv*Dv], [mask f32]) -> [B,S,heads*Dv], all float32.
+
+    Args:
+        batch: B.
+        heads: Query heads.
+        kv_heads: Key and value heads; head h uses h // (heads // kv_heads).
+        q_len: S.
+        kv_len: T.
+        head_dim: D.
+        value_dim: Dv.
+        scale: Factor of the scores, before the mask is added.
+        mask: Shape of the additive mask, broadcastable to [B, heads, S, T]; None: no mask.
+        causal: Query i sees keys 0..i only.
+        lanes: Float32 lanes of a vector: 16, 8 or 4.
+    """
+    shape = AttentionShape(batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim)
+    writer = _Attention(shape, scale, mask, causal, Vectors(lanes))
+    return writer.kernel()
+
+
+class _Attention:
+    """Writes one kernel."""
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        scale: float,
+        mask: tuple[int, ...] | None,
+        causal: bool,
+        v: Vectors,
+    ) -> None:
+        self.shape, self.scale, self.mask, self.causal, self.v = shape, scale, mask, causal, v
+        self.e = Emitter()
+        rows, self.widest = tile(v.lanes)
+        self.rows = min(rows, shape.q_len)
+        self.blocks = -(-shape.q_len // self.rows)
+        self.key_vectors = -(-shape.kv_len // v.lanes)
+        self.value_vectors = -(-shape.value_dim // v.lanes)
+        if mask is not None:
+            full = (shape.batch, shape.heads, shape.q_len, shape.kv_len)
+            if len(mask) > 4 or any(
+                a not in (1, b) for a, b in zip(mask[::-1], full[::-1], strict=False)
+            ):
+                raise ValueError(f"mask {mask} does not broadcast to {full}")
+
+    def name(self) -> str:
+        s = self.shape
+        sizes = (s.batch, s.heads, s.kv_heads, s.q_len, s.kv_len, s.head_dim, s.value_dim)
+        mask = () if self.mask is None else ("mask", *self.mask)
+        scale = f"{self.scale:.9g}".replace(".", "p").replace("+", "")
+        causal = "causal" if self.causal else ""
+        return kernel_name("attention", *sizes, "s", scale, *mask, causal, f"v{self.v.lanes}")
+
+    def kernel(self) -> Kernel:
+        s, e = self.shape, self.e
+        units = s.batch * s.heads
+        chunks = max(1, min(-(-UNITS // units), self.blocks // 4))
+        per_chunk = -(-self.blocks // chunks)
+        with e.block(f"for unit in T.parallel({units * chunks}):"), scope(e):
+            e(f"b: T.let = unit // {s.heads * chunks}")
+            e(f"h: T.let = unit // {chunks} % {s.heads}")
+            e(f"kv: T.let = h // {s.heads // s.kv_heads}")
+            e(f"first: T.let = unit % {chunks} * {per_chunk}")
+            self.pack_keys()
+            self.pack_values()
+            self.stage_mask()
+            e(f'scores = T.alloc_buffer(({self.rows}, {self.key_vectors * self.v.lanes}), "float32")')
+            e(f'peaks = T.alloc_buffer(({self.rows}, {self.v.lanes}), "float32")')
+            e(f'inverse = T.alloc_buffer(({self.rows},), "float32")')
+            with e.block(f"for block in range(T.min({per_chunk}, {self.blocks} - first)):"):
+                # The last block is moved up to end at the last row: some rows are computed twice.
+                e(f"s0: T.let = T.min((first + block) * {self.rows}, {s.q_len - self.rows})")
+                self.stage_mask_tail()
+                self.score()
+                self.softmax()
+                self.product()
+        out = (s.batch, s.q_len, s.heads * s.value_dim)
+        arguments = [
+            buffer("q", (s.batch, s.q_len, s.heads * s.head_dim), "float32"),
+            buffer("k", (s.batch, s.kv_len, s.kv_heads * s.head_dim), "float32"),
+            buffer("v", (s.batch, s.kv_len, s.kv_heads * s.value_dim), "float32"),
+            *([buffer("mask", self.mask, "float32")] if self.mask is not None else []),
+            buffer("o", out, "float32"),
+        ]
+        name = self.name()
+        return Kernel(name, e.function(name, arguments), ((out, "float32"),))
+
+    def pack_keys(self) -> None:
+        """Kt, for each panel: [head_dim][width * lanes], scaled. Keys past the end repeat the last."""
+        s, e, v = self.shape, self.e, self.v
+        n, d = v.lanes, s.head_dim
+        e(f'kt = T.alloc_buffer(({self.key_vectors * d * n},), "float32")')
+        factor = e.let("factor", v.const(self.scale))
+        for run in panels(self.key_vectors, self.widest):
+            with e.block(f"for p in range({run.count}):"):
+                base = e.let("base", f"({run.first} + p * {run.width}) * {d * n}")
+                with e.block(f"for j in range({run.width}):"):
+                    key = f"({run.first} + p * {run.width} + j) * {n}"
+                    if d >= n:
+                        with e.block(f"for dd in range({d // n}):"):
+                            rows = [
+                                e.let(
+                                    "row",
+                                    f"k[b, T.min({key} + {i}, {s.kv_len - 1}),"
+                                    f" {v.at(f'kv * {d} + dd * {n}')}]",
+                                )
+                                for i in range(n)
+                            ]
+                            for i, column in enumerate(v.transpose(e, rows)):
+                                at = f"{base} + (dd * {n} + {i}) * {run.width * n} + j * {n}"
+                                e(f"kt[{v.at(at)}] = {column} * {factor}")
+                    if d % n:
+                        with e.block(f"for dd, i in T.grid({d % n}, {n}):"):
+                            at = f"{base} + ({d // n * n} + dd) * {run.width * n} + j * {n} + i"
+                            source = f"T.min({key} + i, {s.kv_len - 1}), kv * {d} + {d // n * n} + dd"
+                            e(f"kt[{at}] = k[b, {source}] * T.float32({self.scale!r})")
+
+    def pack_values(self) -> None:
+        """Vp, for each panel: [kv_len][width * lanes], columns past the end zero."""
+        s, e, v = self.shape, self.e, self.v
+        n, full = v.lanes, s.value_dim // v.lanes
+        e(f'vp = T.alloc_buffer(({self.value_vectors * s.kv_len * n},), "float32")')
+        for run in panels(self.value_vectors, self.widest):
+            with e.block(f"for p, t in T.grid({run.count}, {s.kv_len}):"):
+                base = e.let(
+                    "base", f"({run.first} + p * {run.width}) * {s.kv_len * n} + t * {run.width * n}"
+                )
+                for j in range(run.width):
+                    vector = f"({run.first} + p * {run.width} + {j})"
+                    source = f"kv * {s.value_dim} + {vector} * {n}"
+                    copy = f"vp[{v.at(f'{base} + {j * n}')}] = v[b, t, {v.at(source)}]"
+                    if run.first + (run.count - 1) * run.width + j < full:
+                        e(copy)
+                        continue
+                    with e.block(f"if {vector} < {full}:"):
+                        e(copy)
+                    with e.block("else:"), e.block(f"for i in range({n}):"):
+                        e(
+                            f"vp[{base} + {j * n} + i] = T.if_then_else({vector} * {n} + i"
+                            f" < {s.value_dim}, v[b, t, {source} + i], T.float32(0))"
+                        )
+
+    def mask_at(self, row: str, column: str) -> str:
+        """The mask element (or vector) at a query row and key column."""
+        assert self.mask is not None
+        where = ("b", "h", row, column)[4 - len(self.mask) :]
+        return (
+            "mask["
+            + ", ".join("0" if n == 1 else w for n, w in zip(self.mask, where, strict=True))
+            + "]"
+        )
+
+    @property
+    def one_row(self) -> bool:
+        """Whether all queries of a head share one row of the mask."""
+        return self.mask is None or len(self.mask) == 1 or self.mask[-2] == 1
+
+    @property
+    def one_column(self) -> bool:
+        """Whether all keys share one mask element."""
+        return self.mask is not None and self.mask[-1] == 1
+
+    def stage_mask(self) -> None:
+        """`shared`: mask row of the head (zeros if none) with minus infinity past the last key."""
+        s, e, n = self.shape, self.e, self.v.lanes
+        whole = self.mask is not None and self.one_row
+        if not whole and s.kv_len % n == 0:
+            return
+        first = 0 if whole else s.kv_len // n * n
+        count = self.key_vectors * n - first
+        e(f'shared = T.alloc_buffer(({count},), "float32")')
+        with e.block(f"for t in range({s.kv_len - first}):"):
+            e(f"shared[t] = {self.mask_at('0', 't') if whole else 'T.float32(0)'}")
+        if self.key_vectors * n > s.kv_len:
+            with e.block(f"for t in range({self.key_vectors * n - s.kv_len}):"):
+                e(f"shared[{s.kv_len - first} + t] = {MINUS_INFINITY}")
+
+    def stage_mask_tail(self) -> None:
+        """`tails`: of a mask with many rows, the last, incomplete vector of each row."""
+        s, e, n = self.shape, self.e, self.v.lanes
+        if self.mask is None or self.one_row or self.one_column or s.kv_len % n == 0:
+            return
+        e(f'tails = T.alloc_buffer(({self.rows}, {n}), "float32")')
+        start = s.kv_len // n * n
+        with e.block(f"for i in range({self.rows}):"):
+            with e.block(f"for t in range({s.kv_len - start}):"):
+                e(f"tails[i, t] = {self.mask_at('s0 + i', f'{start} + t')}")
+            with e.block(f"for t in range({n - s.kv_len + start}):"):
+                e(f"tails[i, {s.kv_len - start} + t] = {MINUS_INFINITY}")
+
+    def bias(self, row: int, vector: str, is_last: bool) -> str | None:
+        """What to add to the scores of one row and key vector; None: nothing."""
+        s, v, n = self.shape, self.v, self.v.lanes
+        partial = is_last and s.kv_len % n != 0
+        if self.mask is None:
+            return f"shared[{v.at(0)}]" if partial else None
+        if self.one_row:
+            return f"shared[{v.at(f'{vector} * {n}')}]"
+        if self.one_column:
+            one = v.splat(self.mask_at(f"s0 + {row}", "0"))
+            return f"{one} + shared[{v.at(0)}]" if partial else one
+        if partial:
+            return f"tails[{row}, {v.at(0)}]"
+        return self.mask_at(f"s0 + {row}", v.at(f"{vector} * {n}"))
+
+    def live(self) -> str | int:
+        """Key vectors that the rows of this block can see."""
+        if not self.causal:
+            return self.key_vectors
+        return f"T.min({self.key_vectors}, (s0 + {self.rows - 1}) // {self.v.lanes} + 1)"
+
+    def score(self) -> None:
+        """scores = q kt + mask of the block's rows; `peaks`: the maximum for each lane."""
+        e, v = self.e, self.v
+        for i in range(self.rows):
+            e(f"peaks[{i}, {v.at(0)}] = {v.splat(MINUS_INFINITY)}")
+        for run in panels(self.key_vectors, self.widest):
+            ends = run.first + run.count * run.width == self.key_vectors
+            needs_end = ends and self.shape.kv_len % v.lanes != 0 and not self.uniform_bias
+            whole = run.count - 1 if needs_end else run.count
+            if whole:
+                count: str | int = whole
+                if self.causal:
+                    need = f"({self.live()} - {run.first} + {run.width - 1}) // {run.width}"
+                    count = f"T.max(0, T.min({whole}, {need}))"
+                with e.block(f"for p in range({count}):"):
+                    self.score_panel(run, "p", False)
+            if needs_end:
+                first = run.first + whole * run.width
+                if self.causal:
+                    with e.block(f"if {self.live()} > {first}:"):
+                        self.score_panel(run, str(whole), True)
+                else:
+                    self.score_panel(run, str(whole), True)
+
+    @property
+    def uniform_bias(self) -> bool:
+        """Whether the last panel adds its bias as all others do."""
+        return self.mask is not None and self.one_row
+
+    def score_panel(self, run: Panels, p: str, last: bool) -> None:
+        """One register tile of scores."""
+        s, e, v = self.shape, self.e, self.v
+        n, d = v.lanes, s.head_dim
+        first = f"({run.first} + {p} * {run.width})"
+        with scope(e):
+            base = e.let("base", f"{first} * {d * n}")
+            tile_of = fma_tile(
+                e,
+                v,
+                self.rows,
+                run.width,
+                d,
+                lambda i, k: f"q[b, s0 + {i}, h * {d} + {k}]",
+                lambda j, k: f"kt[{v.at(f'{base} + {k} * {run.width * n} + {j * n}')}]",
+            )
+            for i, row in enumerate(tile_of):
+                peak = f"peaks[{i}, {v.at(0)}]"
+                for j, cell in enumerate(row):
+                    bias = self.bias(i, f"({first} + {j})", last and j == run.width - 1)
+                    x = e.let("s", cell if bias is None else f"{cell} + {bias}")
+                    if self.causal:
+                        seen = f"T.ramp(({first} + {j}) * {n}, 1, {n}) <= T.broadcast(s0 + {i}, {n})"
+                        x = e.let("s", f"T.Select({seen}, {x}, {v.splat(MINUS_INFINITY)})")
+                    e(f"scores[{i}, {v.at(f'({first} + {j}) * {n}')}] = {x}")
+                    e(f"{peak} = T.max({peak}, {x})")
+
+    def softmax(self) -> None:
+        """scores = exp(scores - max) in place; `inverse` = 1 / sum."""
+        e, v = self.e, self.v
+        with e.block(f"for i in range({self.rows}):"), scope(e):
+            total = e.alloc("total", (v.lanes,), "float32")
+            e(f"{total}[{v.at(0)}] = {v.const(0.0)}")
+            peak = e.let("peak", f"peaks[i, {v.at(0)}]")
+            top = e.let("top", v.splat(v.largest(e, peak)))
+            with e.block(f"for t in range({self.live()}):"):
+                at = f"scores[i, {v.at(f't * {v.lanes}')}]"
+                x = v.exp(e, e.let("x", f"{at} - {top}"))
+                e(f"{at} = {x}")
+                e(f"{total}[{v.at(0)}] = {total}[{v.at(0)}] + {x}")
+            sums = e.let("sums", f"{total}[{v.at(0)}]")
+            e(f"inverse[i] = T.float32(1) / {v.total(e, sums)}")
+
+    def product(self) -> None:
+        """Output = scores vp * inverse."""
+        s, e, v = self.shape, self.e, self.v
+        n = v.lanes
+        keys: str | int = s.kv_len
+        if self.causal:
+            keys = f"T.min({s.kv_len}, s0 + {self.rows})"
+        for run in panels(self.value_vectors, self.widest):
+            with e.block(f"for p in range({run.count}):"), scope(e):
+                base = e.let("base", f"({run.first} + p * {run.width}) * {s.kv_len * n}")
+                tile_of = fma_tile(
+                    e,
+                    v,
+                    self.rows,
+                    run.width,
+                    keys,
+                    lambda i, k: f"scores[{i}, {k}]",
+                    lambda j, k, base=base, run=run: (  # type: ignore[misc]
+                        f"vp[{v.at(f'{base} + {k} * {run.width * n} + {j * n}')}]"
+                    ),
+                )
+                for i, row in enumerate(tile_of):
+                    factor = e.let("factor", v.splat(f"inverse[{i}]"))
+                    for j, cell in enumerate(row):
+                        self.store(run, i, j, f"{cell} * {factor}")
+
+    def store(self, run: Panels, i: int, j: int, value: str) -> None:
+        """Write one output vector; the columns past the end are dropped."""
+        s, e, v = self.shape, self.e, self.v
+        n, full = v.lanes, s.value_dim // v.lanes
+        vector = f"({run.first} + p * {run.width} + {j})"
+        column = f"h * {s.value_dim} + {vector} * {n}"
+        whole = f"o[b, s0 + {i}, {v.at(column)}] = {value}"
+        if run.first + (run.count - 1) * run.width + j < full:
+            e(whole)
+            return
+        with e.block(f"if {vector} < {full}:"):
+            e(whole)
+        with e.block("else:"), scope(e):
+            part = e.alloc("part", (n,), "float32")
+            e(f"{part}[{v.at(0)}] = {value}")
+            with e.block(f"for l in range({s.value_dim % n}):"):
+                e(f"o[b, s0 + {i}, {column} + l] = {part}[l]")
