@@ -1,0 +1,114 @@
+"""The operators that stand for kernels in a lowering graph.
+
+    t3c::site_linear(x [..., k], residual, site, epilogue, out_features) -> [..., n]
+    t3c::site_conv(x [b, c, h, w], residual, site, epilogue, out_shape) -> out_shape
+    t3c::attention(q [B, S, heads*D], k [B, T, kv_heads*D], v [B, T, kv_heads*Dv], mask, heads,
+                   kv_heads, scale, causal) -> [B, S, heads*Dv]
+
+The two site operators name a site of an elastic model; only a compiled library can run them (or
+`t3c.passes.reference`). Attention runs anywhere. Importing this module registers them with torch.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("t3c", "DEF")
+LIBRARY.define(
+    "site_linear(Tensor x, Tensor? residual, str site, str epilogue, int out_features) -> Tensor"
+)
+LIBRARY.define(
+    "site_conv(Tensor x, Tensor? residual, str site, str epilogue, int[] out_shape) -> Tensor"
+)
+LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale, "
+    "bool causal) -> Tensor"
+)
+
+
+def _linear_shape(
+    x: Tensor, residual: Tensor | None, site: str, epilogue: str, out_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _conv_shape(
+    x: Tensor, residual: Tensor | None, site: str, epilogue: str, out_shape: list[int]
+) -> Tensor:
+    return x.new_empty(out_shape)
+
+
+def _refuse(x: Tensor, residual: Tensor | None, site: str, epilogue: str, shape: Any) -> Tensor:
+    raise RuntimeError(
+        f"site {site!r} has no weights in a lowering graph; call the ElasticModel, or lower the "
+        "graph and run the library"
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """softmax(q k^T * scale + mask) v; head h uses key-value head h // (heads // kv_heads).
+
+    Args:
+        q: [B, S, heads*D].
+        k: [B, T, kv_heads*D].
+        v: [B, T, kv_heads*Dv].
+        mask: Float, added, broadcastable to [B, heads, S, T]; None: nothing is added.
+        heads: Query heads.
+        kv_heads: Key-value heads; divides `heads`.
+        scale: Factor of the scores.
+        causal: Whether position s sees positions 0..s only (S = T).
+
+    Returns:
+        [B, S, heads*Dv].
+    """
+    batch, length, _ = q.shape
+    split_q = q.view(batch, length, heads, -1).transpose(1, 2)
+    groups = heads // kv_heads
+    split_k = k.view(batch, k.shape[1], kv_heads, -1).transpose(1, 2).repeat_interleave(groups, 1)
+    split_v = v.view(batch, v.shape[1], kv_heads, -1).transpose(1, 2).repeat_interleave(groups, 1)
+    scores = split_q @ split_k.transpose(2, 3) * scale
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    return (scores.softmax(-1) @ split_v).transpose(1, 2).reshape(batch, length, -1)
+
+
+def _attention_shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    return q.new_empty((*q.shape[:2], v.shape[2] // kv_heads * heads))
+
+
+_SHAPES: dict[str, Callable[..., Tensor]] = {
+    "site_linear": _linear_shape,
+    "site_conv": _conv_shape,
+    "attention": _attention_shape,
+}
+for _name, _shape in _SHAPES.items():
+    LIBRARY.impl(_name, _shape, "Meta")
+    LIBRARY.impl(_name, attention if _name == "attention" else _refuse, "CompositeExplicitAutograd")
+
+SITE_LINEAR = torch.ops.t3c.site_linear.default
+SITE_CONV = torch.ops.t3c.site_conv.default
+ATTENTION = torch.ops.t3c.attention.default

@@ -1,0 +1,152 @@
+"""The elastic convolution."""
+
+from typing import final
+
+from torch import Tensor
+from torch.nn import functional
+
+from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.sites import ConvSite
+from t3c.elastic import fake_quant
+from t3c.elastic.factorize.cp import CP_ALS
+from t3c.elastic.layer import ElasticLayer
+
+
+@final
+class ElasticConv(ElasticLayer):
+    """A 2-D convolution, dense, low rank (1x1 windows), Tucker-2 or CP, in float or on integers.
+
+    Every step of a factorized form quantizes its input again, one scale per image. A strided 1x1
+    window strides in the first of its two steps, a Tucker-2 in its core, a CP in its middle.
+    """
+
+    site: ConvSite
+
+    def __init__(
+        self, site: ConvSite, weight: Tensor, bias: Tensor | None = None, kxk: str = "tucker2"
+    ) -> None:
+        """Take over weight [out, in, kh, kw] and bias [out].
+
+        Args:
+            site: Shape and geometry.
+            weight: Dense weight.
+            bias: Bias, or None.
+            kxk: What windows above 1x1 factorize into by default: ``tucker2`` or ``cp``.
+        """
+        if tuple(weight.shape) != (site.out_channels, site.in_channels, *site.kernel):
+            raise ValueError(
+                f"site {site.name!r}: {site} does not fit weight {tuple(weight.shape)}"
+            )
+        if kxk not in ("tucker2", "cp"):
+            raise ValueError(f"kxk is {kxk!r}; allowed are 'tucker2' and 'cp'")
+        super().__init__(site, weight, bias)
+        self.kxk = kxk
+
+    def check(self, fmt: Format) -> None:
+        """As the base; a 1x1 window takes low rank, not Tucker-2 or CP."""
+        if self.site.pointwise and isinstance(fmt, Tucker2 | CP):
+            raise ValueError(f"site {self.site.name!r} has a 1x1 window; {fmt} needs a larger one")
+        super().check(fmt)
+
+    def most(self, fmt: Format) -> tuple[int, int]:
+        """(in, out) channels for Tucker-2; what was fitted for CP; full rank for the rest."""
+        if isinstance(fmt, Tucker2):
+            return self.site.in_channels, self.site.out_channels
+        if isinstance(fmt, CP):
+            fitted = self.cp_in
+            most = int(fitted.shape[0]) if isinstance(fitted, Tensor) else self._cp_rank()
+            return most, most
+        return self.site.full_rank, self.site.full_rank
+
+    def factorizer(self, kind: type[Format]) -> str:
+        """By the format's kind."""
+        return {LowRank: "whitened-svd", Tucker2: "tucker2", CP: "cp"}[kind]  # type: ignore[index]
+
+    def _cp_rank(self) -> int:
+        """The largest CP rank worth fitting: above it the dense weight is smaller."""
+        return max(1, int(CP_ALS.break_even(tuple(self.weight.shape))))
+
+    def _fit_ranks(self, kind: type[Format]) -> tuple[int, ...] | None:
+        return (self._cp_rank(),) if kind is CP else None
+
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        out, channels, (kh, kw) = self.site.out_channels, self.site.in_channels, self.site.kernel
+        if self.site.pointwise:
+            return {"low": (None, channels), "high": (out, None)}
+        return {
+            "reduce": (None, channels),
+            "core": (None, None, kh, kw),
+            "expand": (out, None),
+            "cp_in": (None, channels),
+            "cp_tall": (None, kh),
+            "cp_wide": (None, kw),
+            "cp_out": (out, None),
+        }
+
+    def _smooth(self, x: Tensor, fmt: Format | None) -> Tensor:
+        s = self.site
+        match fmt:
+            case LowRank():
+                y = functional.conv2d(
+                    x, _pointwise(self.factor("low")[: fmt.rank]), None, s.stride, s.padding
+                )
+                return functional.conv2d(
+                    y, _pointwise(self.factor("high")[:, : fmt.rank]), self.bias
+                )
+            case Tucker2():
+                y = functional.conv2d(x, _pointwise(self.factor("reduce")[: fmt.rank_in]))
+                core = self.factor("core")[: fmt.rank_out, : fmt.rank_in]
+                y = functional.conv2d(y, core, None, s.stride, s.padding, s.dilation)
+                last = self.factor("expand")[:, : fmt.rank_out]
+                return functional.conv2d(y, _pointwise(last), self.bias)
+            case CP():
+                y = functional.conv2d(x, _pointwise(self.factor("cp_in")[: fmt.rank]))
+                y = self._separable(y, fmt.rank)
+                last = self.factor("cp_out")[:, : fmt.rank]
+                return functional.conv2d(y, _pointwise(last), self.bias)
+            case _:
+                return functional.conv2d(x, self.weight, self.bias, s.stride, s.padding, s.dilation)
+
+    def _separable(self, y: Tensor, rank: int) -> Tensor:
+        """The two depthwise steps of CP, float in every format: down the height, then the width."""
+        s = self.site
+        tall = self.factor("cp_tall")[:rank, None, :, None]
+        wide = self.factor("cp_wide")[:rank, None, None, :]
+        y = functional.conv2d(
+            y, tall, None, (s.stride[0], 1), (s.padding[0], 0), (s.dilation[0], 1), rank
+        )
+        return functional.conv2d(
+            y, wide, None, (1, s.stride[1]), (0, s.padding[1]), (1, s.dilation[1]), rank
+        )
+
+    def _integer(self, x: Tensor, fmt: Format) -> Tensor:
+        s = self.site
+        x = x.detach()
+        bias = None if self.bias is None else self.bias.detach()
+
+        def cut(name: str, rows: int | None, cols: int | None) -> fake_quant.Codes:
+            q, scale = self.codes_of(name, fmt.bits)
+            part = q[:rows, :cols].contiguous()
+            return part if part.dim() == 4 else _pointwise(part), scale[:rows]
+
+        match fmt:
+            case Dense():
+                whole = self.codes_of("weight", fmt.bits)
+                return fake_quant.conv2d(x, whole, bias, s.stride, s.padding, s.dilation)
+            case LowRank():
+                y = fake_quant.conv2d(x, cut("low", fmt.rank, None), None, s.stride, s.padding)
+                return fake_quant.conv2d(y, cut("high", None, fmt.rank), bias)
+            case Tucker2():
+                y = fake_quant.conv2d(x, cut("reduce", fmt.rank_in, None))
+                core = cut("core", fmt.rank_out, fmt.rank_in)
+                y = fake_quant.conv2d(y, core, None, s.stride, s.padding, s.dilation)
+                return fake_quant.conv2d(y, cut("expand", None, fmt.rank_out), bias)
+            case CP():
+                y = fake_quant.conv2d(x, cut("cp_in", fmt.rank, None))
+                y = self._separable(y, fmt.rank).detach()
+                return fake_quant.conv2d(y, cut("cp_out", None, fmt.rank), bias)
+
+
+def _pointwise(w: Tensor) -> Tensor:
+    """[out, in] as a 1x1 window."""
+    return w[:, :, None, None]

@@ -1,0 +1,11 @@
+"""Factorizers: how a weight splits into factors whose prefixes are its best smaller versions."""
+
+from collections.abc import Mapping
+
+FACTORIZATIONS: Mapping[str, str] = {
+    "svd": "t3c.elastic.factorize.svd:SVD",
+    "whitened-svd": "t3c.elastic.factorize.whitened_svd:WHITENED_SVD",
+    "tucker2": "t3c.elastic.factorize.tucker2:TUCKER2",
+    "cp": "t3c.elastic.factorize.cp:CP_ALS",
+}
+"""Name -> "module:ATTRIBUTE", resolved by t3c.core.registry."""

@@ -1,0 +1,87 @@
+"""What a factorizer promises."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from t3c.core.errors import T3CError
+
+Factors = dict[str, Tensor]
+"""Factor name (as in t3c.core.codes.SiteCodes) -> float32 tensor, components in order."""
+
+Ranks = tuple[int, ...]
+
+
+class AbstractFactorizer(ABC):
+    """Splits a weight into factors; rank k is the first k components of each."""
+
+    name: ClassVar[str]
+    factors: ClassVar[tuple[str, ...]]
+    """Names of the factors it gives."""
+
+    @abstractmethod
+    def split(
+        self, weight: Tensor, moment: Tensor | None = None, *, ranks: Ranks | None = None
+    ) -> Factors:
+        """Factors of a weight.
+
+        Args:
+            weight: [n, k], or [out, in, kh, kw].
+            moment: Second moment E[x x^T] of the inputs [k, k] (channels [in, in]); None: identity.
+            ranks: Largest ranks wanted; None: all. A factorizer whose components depend on the
+                rank (CP) fits this one.
+        """
+
+    @abstractmethod
+    def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
+        """The weight that the first components stand for; None: all of them."""
+
+    @abstractmethod
+    def break_even(self, shape: tuple[int, ...]) -> float:
+        """The largest rank (of a square choice) at which the factors are fewer elements."""
+
+    def residual(self, weight: Tensor, factors: Mapping[str, Tensor], ranks: Ranks) -> Tensor:
+        """The weight minus its approximation at these ranks."""
+        return weight - self.merge(factors, ranks)
+
+
+def second_moment(samples: Tensor) -> Tensor:
+    """E[x x^T] over all rows of samples [..., k], in float64."""
+    rows = samples.detach().reshape(-1, samples.shape[-1]).double()
+    return rows.t() @ rows / max(len(rows), 1)
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """Moment + damping * mean(diagonal) * I in float64, symmetric; identity where it is zero."""
+    a = moment.detach().double()
+    a = (a + a.t()) / 2
+    mean = float(a.diagonal().mean())
+    if not torch.isfinite(a).all():
+        raise T3CError("the second moment of the inputs is not finite; drop the samples with NaN")
+    if mean <= 0:
+        return torch.eye(len(a), dtype=a.dtype, device=a.device)
+    return a + damping * mean * torch.eye(len(a), dtype=a.dtype, device=a.device)
+
+
+def descending(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (clamped at 0) and vectors of a symmetric matrix, largest first."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale columns of `left` and rows of `right` so that their norms are equal."""
+    a, b = left.norm(dim=0), right.flatten(1).norm(dim=1)
+    live = (a > 0) & (b > 0)
+    root = torch.where(live, torch.sqrt(b / a.clamp_min(1e-300)), torch.ones_like(a))
+    return left * root, right / root.reshape(-1, *[1] * (right.dim() - 1))
+
+
+def split_root(values: Tensor) -> Tensor:
+    """Fourth roots of eigenvalues (roots of singular values), kept from zero to divide by them."""
+    root = values.sqrt().sqrt()
+    top = float(root[0]) if len(root) else 0.0
+    return root.clamp_min(top * 1e-4) if top > 0 else torch.ones_like(root)

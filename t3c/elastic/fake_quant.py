@@ -1,0 +1,116 @@
+"""The integer operators of t3c/core/ops.py in torch: equal codes, equal accumulators.
+
+Accumulators are exact: `torch._int_mm` where this machine's is, else float64 products.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from t3c.core.ops import TINY
+
+Codes = tuple[Tensor, Tensor]
+"""int8 codes [rows, ...] and float32 scales [rows]."""
+
+
+@torch.no_grad()
+def quantize(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Codes and scale of x, one scale for each slice over `axes` (kept as size 1)."""
+    peak = x.abs().amax(axes, keepdim=True).clamp_min(float(TINY))
+    scale = peak * torch.tensor(1 / 127, dtype=torch.float32, device=x.device)
+    q = torch.round(x * (torch.tensor(127.0, device=x.device) / peak)).to(torch.int8)
+    return q, scale
+
+
+@torch.no_grad()
+def quantize_weight(w: Tensor) -> Codes:
+    """Symmetric int8 per output row, as t3c.core.codes.quantize_weight."""
+    flat = w.detach().float().reshape(len(w), -1)
+    peak = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(len(w))
+    scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
+    q = torch.round(flat / scale[:, None]).clamp(-127, 127).to(torch.int8)
+    return q.reshape(w.shape), scale
+
+
+def high_plane(q: Tensor) -> Tensor:
+    """The 4-bit codes inside 8-bit codes, on the 8-bit scale: 16 * round(q / 16), 15 levels."""
+    return (torch.round(q.float() / 16).clamp(-7, 7) * 16).to(torch.int8)
+
+
+@cache
+def _int_mm_is_exact(device: str) -> bool:
+    """Whether `torch._int_mm` neither fails nor saturates on extreme codes."""
+    a = torch.full((32, 64), 127, dtype=torch.int8, device=device)
+    b = torch.full((64, 32), -127, dtype=torch.int8, device=device)
+    try:
+        mixed = torch._int_mm(a, -b)  # all positive: saturates where products are added in int16
+        return bool((torch._int_mm(a, b) == -64 * 127**2).all() and (mixed == 64 * 127**2).all())
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+@torch.no_grad()
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Exact int32 a [m, k] times b [n, k] transposed: [m, n]."""
+    on_gpu = a.device.type != "cpu"
+    small = on_gpu and (a.shape[0] <= 16 or a.shape[1] % 8 or b.shape[0] % 8)
+    if not small and a.numel() and _int_mm_is_exact(str(a.device)):
+        return torch._int_mm(a, b.t())
+    return (a.double() @ b.double().t()).to(torch.int32)
+
+
+@torch.no_grad()
+def linear(x: Tensor, w: Codes, bias: Tensor | None = None) -> Tensor:
+    """X [..., k] through one int8 product, one activation scale per row: [..., n]."""
+    codes, w_scale = w
+    rows = x.reshape(-1, x.shape[-1])
+    q, scale = quantize(rows, (1,))
+    y = product(q, codes).float() * (scale * w_scale[None, :])
+    y = y if bias is None else y + bias
+    return y.reshape(*x.shape[:-1], len(codes))
+
+
+@torch.no_grad()
+def conv2d(
+    x: Tensor,
+    w: Codes,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """X [batch, in, height, width] through one int8 convolution, one activation scale per image."""
+    codes, w_scale = w
+    q, scale = quantize(x, (1, 2, 3))
+    patches, (oh, ow) = unfold(q, tuple(codes.shape[2:]), stride, padding, dilation)
+    acc = product(patches, codes.reshape(len(codes), -1)).reshape(len(x), oh, ow, len(codes))
+    y = acc.permute(0, 3, 1, 2).float() * (scale * w_scale[None, :, None, None])
+    return y if bias is None else y + bias[None, :, None, None]
+
+
+def unfold(
+    q: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, tuple[int, int]]:
+    """Windows of any dtype: [batch * oh * ow, in * kh * kw] and (oh, ow)."""
+    p = functional.pad(q, (padding[1], padding[1], padding[0], padding[0])).contiguous()
+    batch, channels, height, width = p.shape
+    kh, kw = kernel
+    oh = (height - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    ow = (width - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    sb, sc, sh, sw = p.stride()
+    windows = p.as_strided(
+        (batch, oh, ow, channels, kh, kw),
+        (sb, sh * stride[0], sw * stride[1], sc, sh * dilation[0], sw * dilation[1]),
+    )
+    return windows.reshape(batch * oh * ow, channels * kh * kw), (oh, ow)
+
+
+def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
+    """The value of `exact` with the gradient of `smooth`."""
+    return smooth + (exact - smooth).detach() if smooth.requires_grad else exact

@@ -1,0 +1,229 @@
+"""What elastic linear layers and convolutions share: state, factors, integer codes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from t3c.core.codes import Matrix, SiteCodes
+from t3c.core.errors import T3CError
+from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.registry import resolve
+from t3c.core.sites import Site
+from t3c.elastic import fake_quant
+from t3c.elastic.factorize import FACTORIZATIONS
+from t3c.elastic.factorize.base import AbstractFactorizer
+
+State = tuple[Format | None, bool]
+
+_NAMES = {
+    LowRank: ("low", "high"),
+    Tucker2: ("reduce", "core", "expand"),
+    CP: ("cp_in", "cp_tall", "cp_wide", "cp_out"),
+}
+FLOAT_FACTORS = frozenset({"cp_tall", "cp_wide"})
+"""Factors that stay float32 in every format: depthwise over one axis, too small to matter."""
+
+
+class ElasticLayer(nn.Module, ABC):
+    """One site: its dense weight, its factors (made on first use), and the format it runs in.
+
+    Attributes:
+        site: What and where it is.
+        format: Format of the next calls; None is the original dense float layer.
+        exact: Whether formats below 32 bits run on integers as the kernels do; else in float.
+    """
+
+    def __init__(self, site: Site, weight: Tensor, bias: Tensor | None) -> None:
+        """Take over weight and bias (as parameters; storage is shared)."""
+        super().__init__()
+        self.site = site
+        self.format: Format | None = None
+        self.exact = True
+        self.weight = nn.Parameter(weight.detach())
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+        for names in _NAMES.values():
+            for name in names:
+                self.register_parameter(name, None)
+        self._moment: Tensor | None = None
+        self._rounded: dict[str, Matrix] = {}
+        self._cache: dict[tuple[str, int], tuple[tuple[int, int], fake_quant.Codes]] = {}
+
+    @property
+    def state(self) -> State:
+        """(format, exact), to be restored later."""
+        return self.format, self.exact
+
+    @state.setter
+    def state(self, value: State) -> None:
+        self.format, self.exact = value
+
+    def check(self, fmt: Format) -> None:
+        """Refuse a format that this site cannot run.
+
+        Raises:
+            ValueError: The kind does not fit the layer, or a rank is above the full one.
+        """
+        self.site.elements(fmt)  # refuses convolution formats for linear sites and the reverse
+        most = self.most(fmt)
+        over = [(r, m) for r, m in zip(fmt.ranks, most, strict=True) if r > m]
+        if over and not isinstance(fmt, Dense):
+            raise ValueError(
+                f"site {self.site.name!r}: {fmt} has rank {over[0][0]}, the largest is {over[0][1]}"
+            )
+
+    @abstractmethod
+    def most(self, fmt: Format) -> tuple[int, int]:
+        """The largest ranks of a format's kind."""
+
+    @abstractmethod
+    def _smooth(self, x: Tensor, fmt: Format | None) -> Tensor:
+        """The layer in float, factors cut to the format's ranks."""
+
+    @abstractmethod
+    def _integer(self, x: Tensor, fmt: Format) -> Tensor:
+        """The layer on integers, as the kernels compute it."""
+
+    @abstractmethod
+    def factorizer(self, kind: type[Format]) -> str:
+        """Name of the factorizer that makes the factors of a format kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer in its current format; gradients pass straight through the integers."""
+        fmt = self.format
+        if fmt is None or not self.exact or fmt.bits == 32:
+            return self._smooth(x, fmt)
+        y = self._integer(x, fmt)
+        trained = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        return fake_quant.straight_through(y, self._smooth(x, fmt)) if trained else y
+
+    def factor(self, name: str) -> Tensor:
+        """A factor at its largest rank, made now if it is not there yet."""
+        value = getattr(self, name)
+        if value is None:
+            kind = next(k for k, names in _NAMES.items() if name in names)
+            self.factorize(kind)
+            value = getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise T3CError(f"site {self.site.name!r} has no factor {name!r}")
+        return value
+
+    def factorize(self, kind: type[Format]) -> None:
+        """Make the factors of a format kind from the weight and the input moment, if known."""
+        found = resolve(FACTORIZATIONS, self.factorizer(kind), "factorization", T3CError)
+        if not isinstance(found, AbstractFactorizer):
+            raise T3CError(f"{found!r} is no factorizer")
+        self.set_factors(found.split(self.weight, self._moment, ranks=self._fit_ranks(kind)))
+
+    def _fit_ranks(self, kind: type[Format]) -> tuple[int, ...] | None:
+        return None
+
+    def set_moment(self, moment: Tensor | None) -> None:
+        """Give the inputs' second moment [k, k]; factors are made again on next use."""
+        self._moment = moment
+        for names in _NAMES.values():
+            for name in names:
+                setattr(self, name, None)
+                self._rounded.pop(name, None)
+
+    def set_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Use these factors from now on.
+
+        Raises:
+            ValueError: A name is unknown, or a shape does not fit the weight.
+        """
+        shapes = self._shapes()
+        for name, value in factors.items():
+            if name not in shapes:
+                raise ValueError(
+                    f"site {self.site.name!r}: no factor {name!r}; allowed are {', '.join(shapes)}"
+                )
+            want = shapes[name]
+            fits = len(want) == value.dim() and all(
+                w is None or w == s for w, s in zip(want, value.shape, strict=True)
+            )
+            if not fits:
+                raise ValueError(
+                    f"site {self.site.name!r}: {name} is {tuple(value.shape)}, needs "
+                    f"{tuple('rank' if w is None else w for w in want)}"
+                )
+        for name, value in factors.items():
+            setattr(self, name, nn.Parameter(value.detach().to(self.weight.device).float()))
+            self._rounded.pop(name, None)
+
+    @abstractmethod
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Shape of every factor; None is a rank."""
+
+    def set_codes(self, name: str, codes: Matrix) -> None:
+        """Use these integer codes for a factor or for ``weight`` in place of plain rounding."""
+        value = self.weight if name == "weight" else self.factor(name)
+        if codes.q.shape != tuple(value.shape):
+            raise ValueError(
+                f"site {self.site.name!r}: codes of {name} are {codes.q.shape}, need "
+                f"{tuple(value.shape)}"
+            )
+        self._rounded[name] = codes
+
+    def codes_of(self, name: str, bits: int = 8) -> fake_quant.Codes:
+        """int8 codes and scales of a factor or of ``weight``, at the largest rank.
+
+        Rounded per output row over all components, so that a smaller rank only slices. At 4 bits
+        the codes are the high plane of the 8-bit ones.
+        """
+        value = self.weight if name == "weight" else self.factor(name)
+        stamp = (value.data_ptr(), value._version)
+        cached = self._cache.get((name, bits))
+        if cached is not None and cached[0] == stamp and name not in self._rounded:
+            return cached[1]
+        if name in self._rounded:
+            given = self._rounded[name]
+            q = torch.from_numpy(given.q).to(value.device)
+            scale = torch.from_numpy(given.scale).to(value.device)
+        else:
+            q, scale = fake_quant.quantize_weight(value)
+        codes = (fake_quant.high_plane(q) if bits == 4 else q, scale)
+        self._cache[name, bits] = (stamp, codes)
+        return codes
+
+    def codes(self, formats: Iterable[Format] | None = None) -> SiteCodes:
+        """Integer weights for lowering.
+
+        Args:
+            formats: The formats that profiles use here; factors are cut to the largest rank used
+                and left out where no format needs them. None: the dense weight alone.
+        """
+        used = [Dense()] if formats is None else list(formats)
+        for fmt in used:
+            self.check(fmt)
+        found: dict[str, Any] = {}
+        if any(isinstance(f, Dense) for f in used):
+            found["dense"] = self._matrix("weight", None, None)
+        for kind, cut in (
+            (LowRank, {"low": (1, 0), "high": (0, 1)}),
+            (Tucker2, {"reduce": (1, 0), "core": (2, 1), "expand": (0, 2)}),
+            (CP, {"cp_in": (1, 0), "cp_tall": (1, 0), "cp_wide": (1, 0), "cp_out": (0, 1)}),
+        ):
+            mine = [f for f in used if isinstance(f, kind)]
+            if not mine:
+                continue
+            most = (None, *(int(max(f.ranks[i] for f in mine)) for i in (0, 1)))
+            for name, (rows, cols) in cut.items():
+                if name in FLOAT_FACTORS:
+                    found[name] = self.factor(name).detach().cpu().numpy()[: most[rows]].copy()
+                else:
+                    found[name] = self._matrix(name, most[rows], most[cols])
+        bias = np.zeros(self.weight.shape[0], np.float32)
+        if self.bias is not None:
+            bias = self.bias.detach().cpu().numpy().astype(np.float32).copy()
+        return SiteCodes(bias=bias, **found)
+
+    def _matrix(self, name: str, rows: int | None, cols: int | None) -> Matrix:
+        q, scale = self.codes_of(name)
+        full = Matrix(q.cpu().numpy(), scale.cpu().numpy()).prefix(rows, cols)
+        return Matrix(np.ascontiguousarray(full.q), np.ascontiguousarray(full.scale))

@@ -1,0 +1,137 @@
+"""The elastic model: one graph, every format."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from torch import Tensor, fx, nn
+
+from t3c.core.codes import SiteCodes
+from t3c.core.formats import Format
+from t3c.core.report import ConversionReport
+from t3c.core.sites import Site
+from t3c.elastic.layer import ElasticLayer
+
+
+class Structure(Protocol):
+    """How a user's call maps to flat tensors and back; `t3c.passes.capture.Captured` is one."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Flat example inputs."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the flat inputs."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the flat outputs."""
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """Inputs and outputs as plain JSON."""
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """A call's arguments, flat."""
+
+    def unflatten(self, outputs: tuple[Tensor, ...]) -> Any:
+        """The graph's outputs in the user's structure."""
+
+
+class ElasticModel:
+    """A network whose sites run in any format; called like the user's model.
+
+    Attributes:
+        graph: ATen graph with a call of an elastic module per site; not to be changed by users.
+        captured: Structure of inputs and outputs.
+        report: What became elastic, what did not and why.
+        sites: Site name -> site, in graph order.
+        layers: Site name -> elastic module.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, captured: Structure, report: ConversionReport
+    ) -> None:
+        """Wrap a rewritten graph."""
+        self.graph = graph
+        self.captured = captured
+        self.report = report
+        layers: dict[str, ElasticLayer] = {}
+        for node in graph.graph.nodes:
+            if node.op == "call_module":
+                layer = graph.get_submodule(str(node.target))
+                if isinstance(layer, ElasticLayer):
+                    layers[layer.site.name] = layer
+        self.layers: Mapping[str, ElasticLayer] = MappingProxyType(layers)
+        self.sites: Mapping[str, Site] = MappingProxyType({n: x.site for n, x in layers.items()})
+
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Flat example inputs, as the graph takes them."""
+        return self.captured.inputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run in the current formats; same arguments and result as the user's model."""
+        return self.captured.unflatten(self.graph(*self.captured.flatten(args, kwargs)))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Everything that training may change."""
+        return self.graph.parameters()
+
+    @contextmanager
+    def using(
+        self, formats: Mapping[str, Format] | None, quantize: bool = True
+    ) -> Iterator["ElasticModel"]:
+        """Run in these formats inside the block; the earlier ones return after it, come what may.
+
+        Args:
+            formats: Site name -> format; sites left out run dense in float. None: all do.
+            quantize: Whether formats of 8 and 4 bits run on integers exactly as kernels do; False:
+                the same ranks in float.
+
+        Raises:
+            ValueError: A site is unknown, or cannot run its format.
+        """
+        chosen = {} if formats is None else dict(formats)
+        for name, fmt in chosen.items():
+            self._layer(name).check(fmt)
+        before = {name: layer.state for name, layer in self.layers.items()}
+        try:
+            for name, layer in self.layers.items():
+                layer.state = (chosen.get(name), quantize)
+            yield self
+        finally:
+            for name, layer in self.layers.items():
+                layer.state = before[name]
+
+    def codes(self, site: str, formats: Iterable[Format] | None = None) -> SiteCodes:
+        """Integer weights of a site for the formats that profiles use; see `ElasticLayer.codes`."""
+        return self._layer(site).codes(formats)
+
+    def set_factors(
+        self,
+        site: str,
+        factors: Mapping[str, Tensor] | None = None,
+        *,
+        moment: Tensor | None = None,
+    ) -> None:
+        """Replace the plain factors of a site.
+
+        Args:
+            site: Its name.
+            factors: Factor name -> tensor, components in order; None: make them from `moment`.
+            moment: Second moment [k, k] of the site's inputs (channels for a convolution).
+        """
+        layer = self._layer(site)
+        if factors is None:
+            layer.set_moment(moment)
+        else:
+            layer.set_factors(factors)
+
+    def _layer(self, site: str) -> ElasticLayer:
+        if site not in self.layers:
+            known = ", ".join(list(self.layers)[:8])
+            raise ValueError(f"no site {site!r}; there are {len(self.layers)}, the first: {known}")
+        return self.layers[site]
