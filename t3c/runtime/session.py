@@ -242,11 +242,14 @@ class Session:
         if isinstance(value, np.ndarray) and not (value.flags.writeable and aligned(value)):
             value = self._copied(value)  # DLPack refuses read-only arrays
         tensor = tvm_vm.share(value)
-        if tvm_vm.on_host(tensor) and not isinstance(value, np.ndarray):
-            view = tvm_vm.to_numpy(tensor)
-            if not aligned(view):
-                tensor = tvm_vm.share(self._copied(view))
-        return self._library.place(tensor) if tvm_vm.on_host(tensor) else tensor
+        if isinstance(value, np.ndarray):
+            return self._library.place(tensor)
+        if not tvm_vm.on_host(tensor):
+            return tensor
+        view = tvm_vm.to_numpy(tensor)
+        if not aligned(view):
+            tensor = tvm_vm.share(self._copied(view))
+        return self._library.place(tensor)
 
     def _copied(self, array: Any) -> Any:
         with self._lock:

@@ -13,6 +13,8 @@ from tvm.runtime import vm
 
 from t3c.core.errors import ArtifactError, TargetError
 
+_HOST = runtime.cpu(0).dlpack_device_type()
+
 Tensor = Any
 Function = Callable[..., Any]
 
@@ -84,7 +86,7 @@ def group(tensors: Sequence[Tensor]) -> Any:
 
 def on_host(tensor: Tensor) -> bool:
     """Whether the tensor lies in host memory."""
-    return bool(tensor.device.dlpack_device_type() == runtime.cpu(0).dlpack_device_type())
+    return bool(tensor.device.dlpack_device_type() == _HOST)
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:

@@ -1,0 +1,57 @@
+# Each command makes its own .venv first; Python 3.11 or newer, make and a C++ compiler are enough.
+#   make test    install what the suite needs and run it
+#   make demo    the demonstration of README.md
+#   make check   every gate: lint, format, types, layers, suite
+#   make bench   timings of this machine
+# On Linux the plain torch wheel brings gigabytes of CUDA. If pip here is not set up for a CPU wheel, give
+# its index: make test TORCH_INDEX=<address that the torch site names for CPU wheels>.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+TORCH_INDEX ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := .venv/bin
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: test demo check bench clean
+.DELETE_ON_ERROR:
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest -ra $(TEST_ARGS)
+
+demo: .venv/demo.stamp
+	$(BIN)/python examples/demo_minilm.py
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -ra $(TEST_ARGS)
+
+bench: .venv/demo.stamp
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/torch.stamp:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@touch $@
+
+.venv/test.stamp: .venv/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[test]"
+	@touch $@
+
+.venv/demo.stamp: .venv/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[demo]"
+	@touch $@
+
+.venv/dev.stamp: .venv/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[test,dev,demo]"
+	@touch $@

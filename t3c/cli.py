@@ -1,0 +1,407 @@
+"""The command line: t3c lower, run, inspect, bench, doctor."""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from t3c.core.artifact import Artifact
+from t3c.core.errors import ArtifactError, InfeasibleBudget, ParityError, T3CError, TargetError
+from t3c.core.manifest import Manifest
+from t3c.core.structure import flatten
+from t3c.report import tables
+
+EXIT_CODES = """
+Exit codes: 0 ok, 1 failed, 2 wrong usage or input, 3 no profile fits the budget, 4 library and
+torch reference disagree, 5 artifact damaged or unreadable, 6 something this machine lacks.
+"""
+_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (InfeasibleBudget, 3),
+    (ParityError, 4),
+    (ArtifactError, 5),
+    (TargetError, 6),
+    (ImportError, 6),
+    (ValueError, 2),
+    (TypeError, 2),
+)
+
+app = typer.Typer(
+    name="t3c",
+    help="Budget-elastic neural networks: one library per device, every budget already in it.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `t3c lower` wrote.")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option("--inputs", help="npz file: input name -> array. Default: invented, seed 0."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """Where a command writes.
+
+    Attributes:
+        as_json: One JSON object on stdout.
+        quiet: Neither progress nor remarks.
+    """
+
+    as_json: bool
+    quiet: bool
+
+    def show(self, *parts: object) -> None:
+        """Results for people, on stdout; tables or text."""
+        if not self.as_json:
+            wide = None if sys.stdout.isatty() else 200
+            Console(width=wide, highlight=False).print(*parts)
+
+    def data(self, value: Mapping[str, object]) -> None:
+        """Results for programs, on stdout."""
+        if self.as_json:
+            print(json.dumps(value, indent=1, allow_nan=False))
+
+    def remark(self, text: str) -> None:
+        """What was assumed, on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+
+@contextmanager
+def command(as_json: bool, quiet: bool, debug: bool) -> Generator[Out]:
+    """Turn every error into one line on stderr and the exit code that belongs to it."""
+    try:
+        yield Out(as_json, quiet)
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code = exit_code(error)
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"t3c: {text}", file=sys.stderr)
+        if as_json:
+            print(json.dumps(_error_json(error, text, code), indent=1))
+        raise typer.Exit(code) from None
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of an error; see EXIT_CODES."""
+    if type(error) is T3CError:  # a bad name or spelling, not a failed step
+        return 2
+    if isinstance(error, T3CError) and not isinstance(
+        error, InfeasibleBudget | ParityError | ArtifactError | TargetError
+    ):
+        return 1
+    return next((code for kind, code in _CODES if isinstance(error, kind)), 1)
+
+
+@app.command(epilog=EXIT_CODES)
+def lower(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="module:callable that returns (model, example inputs), or a .pt2 exported program."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the artifact.")],
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="Device family; `t3c doctor` lists them.")
+    ] = "x86",
+    inputs: Annotated[
+        Path | None,
+        typer.Option("--inputs", help="npz file with example inputs: name -> array."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape", help="Shape of one float32 example input, 1,3,224,224; repeatable."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a model, with every budget, into an artifact folder."""
+    with command(as_json, quiet, debug) as console:
+        network, example = load_model(model)
+        args, kwargs = _example_inputs(inputs, shape) or arguments(example)
+        api: Any = import_module("t3c.api")
+        with _progress(console) as progress:
+            artifact: Artifact = api.lower(
+                network,
+                target,
+                args,
+                out,
+                example_kwargs=kwargs,
+                progress=progress,
+                say=console.remark,
+            )
+        console.show(tables.profiles(artifact.manifest.profiles, str(artifact.manifest)))
+        console.show(f"wrote {artifact.path}")
+        console.data({"artifact": str(artifact.path), "manifest": artifact.manifest.to_json()})
+
+
+@app.command(epilog=EXIT_CODES)
+def run(
+    artifact: Folder,
+    profile: Annotated[str | None, typer.Option("--profile", "-p", help="Profile by name.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Budget: p95 of one call.")] = None,
+    energy_mj: Annotated[float | None, typer.Option(help="Budget: energy of one call.")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="Budget: stored weights, 10^6 B.")] = None,
+    ram_mb: Annotated[float | None, typer.Option(help="Budget: memory, 10^6 B.")] = None,
+    inputs: Inputs = None,
+    outputs: Annotated[Path | None, typer.Option("--outputs", help="npz file to write.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run one profile, chosen by name or as the largest one within a budget."""
+    with command(as_json, quiet, debug) as console:
+        limits = {
+            "latency_ms": latency_ms,
+            "energy_mj": energy_mj,
+            "size_mb": size_mb,
+            "ram_mb": ram_mb,
+        }
+        budget = {name: limit for name, limit in limits.items() if limit is not None}
+        if profile is not None and budget:
+            raise ValueError(f"--profile and a budget ({', '.join(budget)}) exclude each other")
+        session = _open(artifact)
+        if profile is not None:
+            session.set_profile(profile)
+        if budget:
+            session.set_budget(**budget)
+        given = _inputs(session.manifest, inputs, console)
+        session(**given)
+        start = time.perf_counter()
+        result = session(**given)
+        seconds = time.perf_counter() - start
+        flat = flatten(session.manifest.output_tree, result, "outputs")
+        named = {s.name: v for s, v in zip(session.manifest.outputs, flat, strict=True)}
+        if outputs is not None:
+            np.savez(outputs, **named)
+        rows = [
+            {"output": name, "shape": list(value.shape), "dtype": str(value.dtype)}
+            for name, value in named.items()
+        ]
+        console.show(tables.plain(rows))
+        console.show(f"profile {session.profile.name}: {seconds * 1e3:.3f} ms")
+        console.data({"profile": session.profile.name, "seconds": seconds, "outputs": rows})
+
+
+@app.command(epilog=EXIT_CODES)
+def inspect(
+    artifact: Folder,
+    layers: Annotated[bool, typer.Option("--layers", help="Format of every layer.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact says of itself: profiles, drift, layers. Needs no TVM."""
+    with command(as_json, quiet, debug) as console:
+        found = Artifact.read(artifact)
+        found.verify()
+        manifest = found.manifest
+        console.show(tables.profiles(manifest.profiles, str(manifest)))
+        if layers:
+            console.show(tables.layers(manifest.chain.profiles))
+        console.show(tables.conversion(manifest.report))
+        for text in () if quiet else manifest.assumptions:
+            console.show(f"assumed {text}")
+        console.data(manifest.to_json())
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    artifact: Folder,
+    calls: Annotated[int, typer.Option(help="Timed calls of each profile.")] = 200,
+    warmup: Annotated[int, typer.Option(help="Calls before, not timed.")] = 10,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time all profiles, call by call in turn, so that noise meets all of them alike."""
+    with command(as_json, quiet, debug) as console:
+        session = _open(artifact)
+        given = _inputs(session.manifest, inputs, console)
+        names = [profile.name for profile in session.profiles]
+        samples = session.samples(names, given, calls, warmup)
+        summarize = import_module("t3c.runtime.session").summarize
+        rows = [
+            tables.BenchRow(
+                name, summarize(times), float(np.percentile(times, 90)), float(np.min(times))
+            )
+            for name, times in samples.items()
+        ]
+        console.show(tables.bench(rows, f"{session.manifest.target.name}, calls interleaved"))
+        console.data({"profiles": [row.to_json() for row in rows]})
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Say what works on this machine, what does not, and what to do about it."""
+    with command(as_json, quiet, debug) as console:
+        module = import_module("t3c.report.doctor")
+        checks = module.examine()
+        healthy = module.healthy(checks)
+        console.show(module.table(checks))
+        console.show("models can be lowered and run here" if healthy else "see what is missing")
+        console.data({"healthy": healthy, "checks": [check.to_json() for check in checks]})
+        if not healthy:
+            raise typer.Exit(6)
+
+
+def load_model(spec: str) -> tuple[object, object]:
+    """A model and its example inputs, as they were given.
+
+    Args:
+        spec: ``module:callable`` that returns both, or the path of a ``.pt2`` exported program.
+
+    Raises:
+        ValueError: The text names neither.
+    """
+    if spec.endswith(".pt2"):
+        if not Path(spec).is_file():
+            raise ValueError(f"{spec}: no such file")
+        torch: Any = import_module("torch")
+        program: Any = torch.export.load(spec)
+        return program, program.example_inputs
+    module_name, colon, attribute = spec.partition(":")
+    if not colon:
+        raise ValueError(f"{spec!r} is neither module:callable nor a .pt2 file")
+    sys.path.insert(0, "")  # as with python -m: modules of the current folder
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise ValueError(f"{spec!r}: no module {module_name!r} here") from error
+    make: Callable[[], object] | None = getattr(module, attribute, None)
+    if not callable(make):
+        raise ValueError(f"{spec!r}: {module_name} has no callable {attribute!r}")
+    made: Any = make()
+    match made:
+        case (model, example):
+            return model, example
+        case _:
+            raise ValueError(
+                f"{spec!r} must return (model, example inputs), got {type(made).__name__}"
+            )
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from one tensor, a tuple, a dict, or (tuple, dict)."""
+    match example:
+        case (tuple() | list() as args, Mapping() as kwargs):
+            return tuple(args), dict(kwargs)
+        case tuple() | list():
+            return tuple(cast(Sequence[Any], example)), {}
+        case Mapping():
+            return (), dict(cast(Mapping[str, Any], example))
+        case None:
+            raise ValueError("the model comes without example inputs; add --inputs or --shape")
+        case _:
+            return (example,), {}
+
+
+def invent_inputs(manifest: Manifest) -> dict[str, Any]:
+    """Inputs of the right shapes: normal numbers for floats, ones for everything else."""
+    rng = np.random.default_rng(0)
+    return {
+        spec.name: rng.standard_normal(spec.shape).astype(spec.dtype)
+        if spec.dtype.startswith("float")
+        else np.ones(spec.shape, spec.dtype)
+        for spec in manifest.inputs
+    }
+
+
+def main() -> None:
+    """Entry point of the `t3c` command."""
+    app()
+
+
+def _open(path: Path) -> Any:
+    return import_module("t3c.runtime.session").load(path)
+
+
+def _inputs(manifest: Manifest, path: Path | None, console: Out) -> dict[str, Any]:
+    if path is None:
+        console.remark("no --inputs: invented ones (normal numbers or ones, seed 0)")
+        return invent_inputs(manifest)
+    return _npz(path)
+
+
+def _npz(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no readable npz file: {error}") from error
+
+
+def _example_inputs(
+    path: Path | None, shapes: list[str] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if path is None and not shapes:
+        return None
+    torch: Any = import_module("torch")
+    if path is not None:
+        return (), {name: torch.from_numpy(array) for name, array in _npz(path).items()}
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(_shape(text), generator=generator) for text in shapes or ()), {}
+
+
+def _shape(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--shape {text!r}: write positive numbers, for example 1,3,224,224")
+    return [int(part) for part in parts]
+
+
+@contextmanager
+def _progress(console: Out) -> Generator[Callable[[str, int, int], None]]:
+    """A bar with the time left; nothing where stderr is no terminal."""
+    target = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    silent = console.quiet or not target.is_terminal
+    with Progress(*columns, console=target, disable=silent, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(description: str, done: int, total: int) -> None:
+            if description not in tasks:
+                tasks[description] = bars.add_task(description, total=total)
+            bars.update(tasks[description], completed=done, total=total)
+
+        yield report
+
+
+def _error_json(error: Exception, text: str, code: int) -> dict[str, object]:
+    found: dict[str, object] = {"error": type(error).__name__, "message": text, "exit_code": code}
+    if isinstance(error, InfeasibleBudget):
+        found |= {"failing": list(error.failing), "minimum": dict(error.minimum)}
+    return found

@@ -1,0 +1,131 @@
+"""Tables for terminals: profiles, layers, the conversion report, measured times, checks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from t3c.core.manifest import CompiledProfile
+from t3c.core.profile import Profile, Timing
+from t3c.core.report import ConversionReport
+
+UNKNOWN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """Measured times of one profile.
+
+    Attributes:
+        profile: Its name.
+        timing: Median and 95th percentile.
+        p90_s: 90th percentile, seconds.
+        fastest_s: Fastest call, seconds.
+    """
+
+    profile: str
+    timing: Timing
+    p90_s: float
+    fastest_s: float
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data, seconds."""
+        return {
+            "profile": self.profile,
+            "p50_s": self.timing.p50_s,
+            "p90_s": self.p90_s,
+            "p95_s": self.timing.p95_s,
+            "fastest_s": self.fastest_s,
+            "calls": self.timing.calls,
+            "threads": self.timing.threads,
+            "label": str(self.timing.label),
+        }
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits; ``-`` where nothing is known."""
+    if value is None:
+        return UNKNOWN
+    return "inf" if value == math.inf else f"{value:.{digits}g}"
+
+
+def profiles(chain: Sequence[CompiledProfile] | Sequence[Profile], title: str = "") -> Table:
+    """One row per profile: what it costs, and what is known of its drift."""
+    table = _table(title, ("profile",), _COSTS + _DRIFT)
+    for item in chain:
+        profile = item.profile if isinstance(item, CompiledProfile) else item
+        parity = item.parity if isinstance(item, CompiledProfile) else None
+        cert, timing, energy = profile.certificate, profile.latency, profile.energy
+        table.add_row(
+            profile.name,
+            number(profile.macs / 1e6),
+            number(profile.storage_bytes / 1e6),
+            number(profile.ram_bytes / 1e6),
+            number(None if timing is None else timing.p50_s * 1e3),
+            number(None if timing is None else timing.p95_s * 1e3),
+            UNKNOWN if timing is None else str(timing.label),
+            UNKNOWN if energy is None else f"{number(energy.joules * 1e3)} ({energy.label})",
+            number(cert.proxy),
+            number(cert.sound),
+            number(cert.calibrated),
+            number(None if cert.observed is None else cert.observed.p95),
+            number(None if cert.observed is None else cert.observed.relative),
+            UNKNOWN if parity is None else f"{number(parity.relative)} ({parity.where})",
+        )
+    return table
+
+
+_COSTS = ("MMAC", "size MB", "RAM MB", "p50 ms", "p95 ms", "time", "energy mJ")
+_DRIFT = ("proxy", "sound", "calibrated", "observed p95", "relative", "parity")
+
+
+def layers(chain: Sequence[Profile], title: str = "Format of every layer") -> Table:
+    """One row per layer, one column per profile."""
+    table = _table(title, ("layer", *(profile.name for profile in chain)), ())
+    for site in chain[0].formats:
+        table.add_row(site, *(str(profile.formats[site]) for profile in chain))
+    return table
+
+
+def conversion(report: ConversionReport, title: str = "Conversion report") -> Table:
+    """One row per layer: rewritten, kept or skipped, and why."""
+    table = _table(title, ("layer", "op", "outcome", "reason", "pass"), ())
+    for row in report.rows:
+        table.add_row(row.where, row.op, row.outcome, row.reason, row.rule)
+    return table
+
+
+def bench(rows: Sequence[BenchRow], title: str = "Measured, calls interleaved") -> Table:
+    """One row per profile: percentiles of one call, and the ratio to the last row."""
+    table = _table(
+        title, ("profile",), ("p50 ms", "p90 ms", "p95 ms", "fastest ms", "of last", "calls")
+    )
+    for row in rows:
+        table.add_row(
+            row.profile,
+            number(row.timing.p50_s * 1e3, 4),
+            number(row.p90_s * 1e3, 4),
+            number(row.timing.p95_s * 1e3, 4),
+            number(row.fastest_s * 1e3, 4),
+            f"{row.timing.p50_s / rows[-1].timing.p50_s:.2f}x",
+            str(row.timing.calls),
+        )
+    return table
+
+
+def plain(rows: Sequence[Mapping[str, object]], title: str = "") -> Table:
+    """Any rows with the same keys; the keys are the headings."""
+    table = _table(title, tuple(rows[0]) if rows else (), ())
+    for row in rows:
+        table.add_row(*(number(v, 4) if isinstance(v, float) else str(v) for v in row.values()))
+    return table
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title or None, title_justify="left", show_edge=False, pad_edge=False)
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right")
+    return table

@@ -1,0 +1,237 @@
+"""The command line: results, one-line errors, and every exit code."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from t3c import cli
+from t3c.core.artifact import Artifact
+from t3c.core.errors import (
+    ArtifactError,
+    InfeasibleBudget,
+    LoweringError,
+    ParityError,
+    T3CError,
+    TargetError,
+)
+from t3c.core.manifest import Manifest, TargetInfo
+from tests.runtime import toy
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return toy.write(tmp_path_factory.mktemp("toy") / "artifact")
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("lower",), ("run",), ("inspect",), ("bench",), ("doctor",)]
+)
+def test_help_documents_the_exit_codes(command: tuple[str, ...]) -> None:
+    done = call(*command, "--help")
+    assert done.exit_code == 0
+    assert "3 no profile fits the budget" in " ".join(done.stdout.split())
+
+
+def test_inspect_shows_profiles_layers_and_report(artifact: Artifact) -> None:
+    done = call("inspect", artifact.path, "--layers")
+    assert done.exit_code == 0
+    for text in ("tiny", "lowrank-r8-int8", "rank up to 16", "assumed bits: 8", "2 (estimated)"):
+        assert text in done.stdout
+    quiet = call("inspect", artifact.path, "--quiet")
+    assert "assumed" not in quiet.stdout
+
+
+def test_inspect_as_json_is_the_manifest(artifact: Artifact) -> None:
+    done = call("inspect", artifact.path, "--json")
+    assert Manifest.from_json(json.loads(done.stdout)) == artifact.manifest
+
+
+def test_run_picks_a_profile_and_writes_outputs(artifact: Artifact, tmp_path: Path) -> None:
+    x = toy.inputs()
+    np.savez(tmp_path / "x.npz", x=x)
+    options = ("--inputs", tmp_path / "x.npz", "--outputs", tmp_path / "y.npz")
+    done = call("run", artifact.path, "--latency-ms", 1.5, *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["profile"] == "tiny"
+    stored = np.load(tmp_path / "y.npz")
+    np.testing.assert_allclose(stored["logits"], toy.expected("tiny", x), rtol=1e-4, atol=1e-4)
+    text = call("run", artifact.path, "--profile", "max")
+    assert "profile max: " in text.stdout
+    assert "invented ones" in text.stderr
+    assert "invented" not in call("run", artifact.path, "--quiet").stderr
+
+
+def test_bench_times_every_profile(artifact: Artifact) -> None:
+    done = call("bench", artifact.path, "--calls", 5, "--warmup", 1, "--json", "-q")
+    rows = json.loads(done.stdout)["profiles"]
+    assert [(row["profile"], row["calls"], row["label"]) for row in rows] == [
+        ("tiny", 5, "measured"),
+        ("max", 5, "measured"),
+    ]
+    assert all(0 < row["fastest_s"] <= row["p50_s"] <= row["p90_s"] <= row["p95_s"] for row in rows)
+    assert "of last" in call("bench", artifact.path, "--calls", 2).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("--profile", "huge"), 2, "no profile 'huge'; there are tiny, max"),
+        (("--profile", "max", "--size-mb", 3), 2, "exclude each other"),
+        (("--latency-ms", 0), 2, "latency_ms is 0.0"),
+        (("--latency-ms", 0.1), 3, "latency_ms=1"),
+        (("--inputs", "gone.npz"), 2, "gone.npz: no readable npz file"),
+        (("--latency-ms", "fast"), 2, "Invalid value for '--latency-ms'"),
+    ],
+)
+def test_a_wrong_run_fails_in_one_line(
+    artifact: Artifact, args: tuple[object, ...], code: int, message: str
+) -> None:
+    done = call("run", artifact.path, *args, "-q")
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 3:
+        assert done.stderr.startswith("t3c: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(artifact: Artifact) -> None:
+    assert "Traceback" in call("run", artifact.path, "--profile", "huge", "--debug").stderr
+
+
+def test_an_infeasible_budget_as_json_names_the_smallest(artifact: Artifact) -> None:
+    done = call("run", artifact.path, "--latency-ms", 0.1, "--json")
+    found = json.loads(done.stdout)
+    assert (found["exit_code"], found["minimum"]) == (3, {"latency_ms": 1.0})
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "bench"])
+def test_what_is_no_artifact_is_exit_code_5(tmp_path: Path, command: str) -> None:
+    done = call(command, tmp_path)
+    assert done.exit_code == 5
+    assert "no manifest.json" in done.stderr
+
+
+def test_a_missing_feature_is_exit_code_6(tmp_path: Path) -> None:
+    target = TargetInfo("x86", "llvm", None, "future", ("avx9000",))
+    done = call("run", toy.write(tmp_path / "a", target=target).path)
+    assert done.exit_code == 6
+    assert "avx9000" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InfeasibleBudget("m", (), {}), 3),
+        (ParityError("m"), 4),
+        (ArtifactError("m"), 5),
+        (TargetError("m"), 6),
+        (ModuleNotFoundError("m"), 6),
+        (LoweringError("m"), 1),
+        (T3CError("m"), 2),
+        (ValueError("m"), 2),
+        (RuntimeError("m"), 1),
+    ],
+)
+def test_every_error_has_its_exit_code(error: Exception, code: int) -> None:
+    assert cli.exit_code(error) == code
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch, artifact: Artifact) -> list[Any]:
+    """Stands in for the compiler; keeps the arguments of every call."""
+    calls: list[Any] = []
+
+    def lower(*args: Any, **kwargs: Any) -> Artifact:
+        calls.append((args, kwargs))
+        kwargs["progress"]("working", 1, 2)
+        return artifact
+
+    fake: Any = ModuleType("t3c.api")
+    fake.lower = lower
+    monkeypatch.setitem(sys.modules, "t3c.api", fake)
+    models: Any = ModuleType("some_models")
+    models.net = lambda: (torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    models.named = lambda: (torch.nn.Linear(2, 2), {"x": torch.zeros(1, 2)})
+    models.bare = lambda: (torch.nn.Linear(2, 2), None)
+    models.single = lambda: torch.nn.Linear(2, 2)
+    models.number = 3
+    monkeypatch.setitem(sys.modules, "some_models", models)
+    return calls
+
+
+def test_lower_takes_a_callable(api: list[Any], artifact: Artifact, tmp_path: Path) -> None:
+    done = call("lower", "some_models:net", "--target", "arm", "--out", tmp_path / "o")
+    assert done.exit_code == 0, done.stderr
+    ((model, target, args, out), kwargs) = api[0]
+    assert isinstance(model, torch.nn.Linear)
+    assert (target, len(args), out, kwargs["example_kwargs"]) == ("arm", 1, tmp_path / "o", {})
+    assert f"wrote {artifact.path}" in done.stdout.replace("\n", "")
+    as_json = call("lower", "some_models:named", "--out", tmp_path / "o", "--json")
+    assert json.loads(as_json.stdout)["artifact"] == str(artifact.path)
+    assert list(api[1][1]["example_kwargs"]) == ["x"]
+
+
+def test_lower_takes_shapes_files_and_exported_programs(api: list[Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", input=np.zeros((3, 2), np.float32))
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(5, 2),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    out = ("--out", tmp_path / "o")
+    assert call("lower", "some_models:bare", "--shape", "4,2", *out).exit_code == 0
+    assert call("lower", "some_models:bare", "--inputs", tmp_path / "x.npz", *out).exit_code == 0
+    assert call("lower", tmp_path / "net.pt2", *out).exit_code == 0
+    by_shape, by_file, by_program = api
+    assert by_shape[0][2][0].shape == (4, 2)
+    assert by_file[1]["example_kwargs"]["input"].shape == (3, 2)
+    assert by_program[0][2][0].shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("net",), "neither module:callable nor a .pt2 file"),
+        (("gone.pt2",), "gone.pt2: no such file"),
+        (("no_such_module:net",), "no module 'no_such_module' here"),
+        (("some_models:gone",), "has no callable 'gone'"),
+        (("some_models:number",), "has no callable 'number'"),
+        (("some_models:single",), "must return (model, example inputs), got Linear"),
+        (("some_models:bare",), "add --inputs or --shape"),
+        (("some_models:bare", "--shape", "1,x"), "write positive numbers"),
+    ],
+)
+@pytest.mark.usefixtures("api")
+def test_a_wrong_model_is_exit_code_2(args: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = call("lower", *args, "--out", tmp_path / "o")
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_doctor_lists_checks_and_says_whether_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads(call("doctor", "--json").stdout)
+    names = {check["name"] for check in found["checks"]}
+    assert {"python", "torch", "apache-tvm", "machine", "nvcc", "target arm"} <= names
+    assert found["healthy"] == all(check["state"] != "missing" for check in found["checks"])
+
+    monkeypatch.setattr("shutil.which", lambda _name: None)  # pyright: ignore
+    broken = call("doctor")
+    assert broken.exit_code == 6
+    assert "see what is missing" in broken.stdout
+
+
+def test_python_m_t3c_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    monkeypatch.setattr(cli, "app", lambda: called.append(1))
+    runpy.run_module("t3c", run_name="__main__")
+    assert called == [1]
