@@ -76,9 +76,9 @@ def pins(requirements: Iterable[str]) -> dict[str, str]:
     """Package -> exact pin (``1.2.3`` or ``1.2.*``) among requirement lines."""
     found: dict[str, str] = {}
     for line in requirements:
-        name, exact, rest = line.partition("==")
-        if exact and "extra ==" not in line.split(";")[0]:
-            found[name.strip()] = rest.split(";")[0].strip()
+        name, exact, pin = line.partition(";")[0].partition("==")
+        if exact:
+            found[name.strip()] = pin.strip()
     return found
 
 

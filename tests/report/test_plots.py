@@ -1,0 +1,43 @@
+"""Pareto plots list what is dominated and draw all of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from t3c.core.errors import TargetError
+from t3c.report.plots import Axes, Point, Series, dominated, pareto
+
+OURS = Series("T3C", (Point("tiny", 1, 70), Point("max", 3, 80)), chain=True)
+THEIRS = Series("other", (Point("int8", 3, 75), Point("twin", 1, 70), Point("best", 0.5, 60)))
+AXES = Axes("p50 ms", "top-1 %", "one device")
+
+
+def test_beaten_points_are_listed_with_what_beats_them() -> None:
+    assert dominated([OURS, THEIRS]) == [("other", "int8", "T3C max")]
+
+
+def test_equal_points_do_not_beat_each_other() -> None:
+    assert dominated([Series("a", (Point("x", 1, 1),)), Series("b", (Point("y", 1, 1),))]) == []
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_picture_is_written(tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra: plot)")
+    path = pareto([OURS, THEIRS], tmp_path / f"p.{ending}", AXES)
+    assert path.stat().st_size > 1000
+
+
+def test_the_same_picture_has_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra: plot)")
+    log = Axes("ms", "%", log_cost=True)
+    first, second = (pareto([OURS], tmp_path / f"{i}.svg", log).read_text() for i in (1, 2))
+    assert first == second
+
+
+def test_without_matplotlib_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(TargetError, match=r"pip install t3c\[plot\]"):
+        pareto([OURS], tmp_path / "p.svg", AXES)

@@ -1,0 +1,82 @@
+"""Tables show every number with its label, and a dash where nothing is known."""
+
+import math
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from t3c.core.certificate import Certificate, Observed
+from t3c.core.formats import Dense, LowRank
+from t3c.core.manifest import CompiledProfile, Parity
+from t3c.core.profile import Energy, Label, Profile, Timing
+from t3c.core.report import ConversionReport, Row
+from t3c.report import tables
+
+BARE = Profile("tiny", {"fc": LowRank(8)}, 2_000_000, 3_000_000, 4_000_000)
+FULL = Profile(
+    "max",
+    {"fc": Dense(8)},
+    5_000_000,
+    6_000_000,
+    7_000_000,
+    Timing(1e-3, 2e-3, Label.MEASURED, 9),
+    Energy(3e-3, Label.ESTIMATED),
+    Certificate(1.5, None, math.inf, Observed(0.1, 0.1, 0.25, 0.3, 0.01, None, 8)),
+)
+
+
+def text(table: Table) -> list[list[str]]:
+    console = Console(width=400, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    lines = capture.get().splitlines()
+    return [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]
+
+
+def test_a_profile_row_has_costs_labels_and_drift() -> None:
+    rows = text(tables.profiles([BARE, FULL]))
+    assert rows[0] == ["tiny", "2", "3", "4"] + ["-"] * 10
+    assert rows[1][1:8] == ["5", "6", "7", "1", "2", "measured", "3 (estimated)"]
+    assert rows[1][8:] == ["1.5", "-", "inf", "0.25", "0.01", "-"]
+
+
+def test_parity_of_a_compiled_profile_is_shown() -> None:
+    parity = Parity(1e-6, 1e-2, 4, "emulated")
+    assert text(tables.profiles([CompiledProfile(FULL, "f", (), parity)]))[0][-1] == (
+        "1e-06 (emulated)"
+    )
+
+
+def test_layers_are_rows_and_profiles_columns() -> None:
+    assert text(tables.layers([BARE, FULL])) == [["fc", "lowrank-r8-int8", "dense-int8"]]
+
+
+def test_the_report_keeps_every_row() -> None:
+    report = ConversionReport((Row("a.b", "conv2d", "kept", "groups=4", "rewrite-conv"),))
+    assert text(tables.conversion(report)) == [
+        ["a.b", "conv2d", "kept", "groups=4", "rewrite-conv"]
+    ]
+
+
+def test_bench_compares_with_the_last_row() -> None:
+    fast = tables.BenchRow("tiny", Timing(1e-3, 2e-3, Label.MEASURED, 5), 1.5e-3, 9e-4)
+    slow = tables.BenchRow("max", Timing(2e-3, 4e-3, Label.MEASURED, 5), 3e-3, 1e-3)
+    rows = text(tables.bench([fast, slow]))
+    assert rows[0] == ["tiny", "1", "1.5", "2", "0.9", "0.50x", "5"]
+    assert rows[1][5] == "1.00x"
+    assert slow.to_json()["p90_s"] == 3e-3
+
+
+def test_plain_rows_take_their_headings_from_the_keys() -> None:
+    table = tables.plain([{"a": 1.23456, "b": "x"}])
+    assert [column.header for column in table.columns] == ["a", "b"]
+    assert text(table) == [["1.235", "x"]]
+    assert not tables.plain([]).columns
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "-"), (math.inf, "inf"), (0.0, "0"), (12345.0, "1.23e+04")]
+)
+def test_numbers(value: float | None, shown: str) -> None:
+    assert tables.number(value) == shown
