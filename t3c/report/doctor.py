@@ -6,9 +6,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -175,6 +176,8 @@ def _targets() -> Iterable[Check]:
 
 def _target(name: str, spec: TargetSpec) -> Check:
     label = f"target {name}"
+    if unknown := _without_kernels(spec):
+        return Check(label, "warning", "no kernels", f"this version has no {unknown}")
     compiler = spec.cross_compiler
     if spec.kind == "cuda":
         built = shutil.which("nvcc") is not None
@@ -196,6 +199,17 @@ def _target(name: str, spec: TargetSpec) -> Check:
     if emulator is None:
         return Check(label, "ok", "builds only", f"install {spec.emulator} to check it here")
     return Check(label, "ok", "builds, runs under emulation")
+
+
+def _without_kernels(spec: TargetSpec) -> str:
+    """Which of a target's kernel families are not there; empty if all are."""
+    try:
+        families: Any = import_module("t3c.codegen.families")
+    except ImportError:  # TVM is missing, which the packages say
+        return ""
+    linear = () if spec.linear in families.LINEAR else (f"linear kernels {spec.linear!r}",)
+    conv = () if spec.conv in families.CONV else (f"convolution kernels {spec.conv!r}",)
+    return " and no ".join(linear + conv)
 
 
 def _can(built: bool) -> str:

@@ -74,6 +74,13 @@ def test_missing_features_of_a_level_are_named(monkeypatch: pytest.MonkeyPatch) 
     assert (check.found, check.advice) == ("builds only", "this processor lacks avx9000")
 
 
+def test_a_target_without_kernels_does_not_claim_to_build() -> None:
+    spec = replace(get("arm"), linear="abacus")
+    check = doctor._target("arm", spec)  # pyright: ignore[reportPrivateUsage]
+    assert (check.state, check.found) == ("warning", "no kernels")
+    assert check.advice == "this version has no linear kernels 'abacus'"
+
+
 def test_too_many_threads_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVM_NUM_THREADS", "4096")
     assert found("TVM_NUM_THREADS").state == "warning"
