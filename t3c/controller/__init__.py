@@ -1,1 +1,1 @@
-"""Profile chains: the search over per-layer formats."""
+"""From an elastic model and some calibration data to a chain of nested profiles for one target."""

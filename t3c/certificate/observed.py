@@ -1,0 +1,138 @@
+"""How far the outputs of each profile drift from the original model on given inputs: measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from t3c.core.certificate import Observed
+from t3c.core.errors import CertificateError
+from t3c.core.formats import Format
+from t3c.core.profile import ProfileChain
+from t3c.elastic.model import ElasticModel
+
+Batch = tuple[Tensor, ...]
+F64 = NDArray[np.float64]
+
+
+def observed(
+    elastic: ElasticModel, formats: Mapping[str, Format] | None, batches: Sequence[Batch]
+) -> Observed:
+    """Drift of one choice of formats, with fake-quantized weights and activations.
+
+    An input is one entry along the first axis where all float outputs have the same first axis as
+    the first graph input; else it is one batch.
+
+    Args:
+        elastic: The model.
+        formats: Site name -> format; None: the original, whose drift is 0.
+        batches: Flat inputs, as the graph takes them; held out, or the label must say so.
+
+    Raises:
+        CertificateError: No batches, or outputs that are not finite or have no floats.
+    """
+    return _statistics(_original(elastic, batches), _outputs(elastic, formats, batches), batches)
+
+
+def certify(
+    elastic: ElasticModel,
+    chain: ProfileChain,
+    batches: Sequence[Batch],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ProfileChain:
+    """The chain with `certificate.observed` of every profile filled in.
+
+    Args:
+        elastic: The model.
+        chain: Its profiles.
+        batches: Flat inputs, as the graph takes them.
+        progress: Told (what, done, total) after each profile; None: nobody.
+
+    Raises:
+        CertificateError: As `observed`.
+    """
+    original = _original(elastic, batches)
+    made = []
+    for done, profile in enumerate(chain):
+        if progress is not None:
+            progress("observing drift", done, len(chain))
+        drifted = _outputs(elastic, profile.formats, batches)
+        seen = _statistics(original, drifted, batches)
+        made.append(replace(profile, certificate=replace(profile.certificate, observed=seen)))
+    if progress is not None:
+        progress("observing drift", len(chain), len(chain))
+    return ProfileChain(tuple(made))
+
+
+def _original(elastic: ElasticModel, batches: Sequence[Batch]) -> list[list[Tensor]]:
+    if not batches:
+        raise CertificateError("observed drift needs at least one batch of inputs; got none")
+    found = _outputs(elastic, None, batches)
+    if not all(found):
+        raise CertificateError("the model has no floating-point output to compare")
+    if not all(bool(y.isfinite().all()) for outputs in found for y in outputs):
+        raise CertificateError("the original outputs are not finite; check model and batches")
+    return found
+
+
+def _outputs(
+    elastic: ElasticModel, formats: Mapping[str, Format] | None, batches: Sequence[Batch]
+) -> list[list[Tensor]]:
+    """Float outputs of every batch."""
+    with torch.inference_mode(), elastic.using(formats):
+        return [_floats(elastic.graph(*batch)) for batch in batches]
+
+
+def _floats(result: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(result)
+    return [y.float() for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def _statistics(
+    original: list[list[Tensor]], drifted: list[list[Tensor]], batches: Sequence[Batch]
+) -> Observed:
+    drifts, norms, flips = [], [], []
+    for batch, before, after in zip(batches, original, drifted, strict=True):
+        split = _samples(batch, before)
+        drifts.append(_norms([b - a for b, a in zip(before, after, strict=True)], split))
+        norms.append(_norms(before, split))
+        if len(before) == 1 and _is_scores(before[0], split):
+            flips.append((before[0].argmax(1) != after[0].argmax(1)).numpy())
+    drift, norm = np.concatenate(drifts), np.concatenate(norms)
+    if not np.isfinite(drift).all():
+        raise CertificateError(
+            "a profile's outputs are not finite; raise its ranks, or leave the profile out"
+        )
+    return Observed(
+        mean=float(drift.mean()),
+        median=float(np.median(drift)),
+        p95=float(np.quantile(drift, 0.95, method="higher")),
+        max=float(drift.max()),
+        relative=float(drift.mean() / max(float(norm.mean()), 1e-30)),
+        flips=float(np.concatenate(flips).mean()) if flips else None,
+        inputs=len(drift),
+    )
+
+
+def _samples(batch: Batch, outputs: list[Tensor]) -> int:
+    """Inputs in a batch: the common first axis of inputs and outputs, else 1."""
+    first = batch[0].shape[0] if batch and batch[0].dim() else 1
+    return first if all(y.dim() > 0 and y.shape[0] == first for y in outputs) else 1
+
+
+def _is_scores(y: Tensor, samples: int) -> bool:
+    """Whether an output is [batch, classes]."""
+    return y.dim() == 2 and y.shape[0] == samples and y.shape[1] > 1
+
+
+def _norms(outputs: list[Tensor], samples: int) -> F64:
+    """L2 norm of all outputs together, for each input: [samples]."""
+    flat = torch.cat([y.reshape(samples, -1).double() for y in outputs], dim=1)
+    norms: F64 = flat.norm(dim=1).numpy()
+    return norms

@@ -1,0 +1,169 @@
+"""Order all steps down from dense by damage per second saved, and cut the path into profiles."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from t3c.core.formats import Format
+
+SHARE_OF_MAX = 0.6
+"""Tiny takes at most this share of Max's time in elastic layers, if any ranks allow it."""
+DRIFT_MAX = 0.3
+"""Below `SHARE_OF_MAX` Tiny goes on only while the predicted relative drift stays under this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One format of one site.
+
+    Attributes:
+        format: The format.
+        seconds: Predicted time of the site.
+        damage: Relative squared drift that it causes.
+    """
+
+    format: Format
+    seconds: float
+    damage: float
+
+
+Options = Mapping[str, Sequence[Option]]
+"""Site name -> options: dense first, then falling in rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One choice for every site, on the path from dense down.
+
+    Attributes:
+        formats: Site name -> format.
+        seconds: Predicted time in elastic sites.
+        damage: Predicted relative squared drift.
+    """
+
+    formats: Mapping[str, Format]
+    seconds: float
+    damage: float
+
+    @property
+    def drift(self) -> float:
+        """Predicted relative drift of the outputs: the root of the damage."""
+        return math.sqrt(self.damage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    site: str
+    to: int
+    seconds: float
+    damage: float
+
+    @property
+    def price(self) -> float:
+        return self.damage / self.seconds
+
+
+def path(options: Options) -> list[Plan]:
+    """Plans from the largest down; each lowers one site, the cheapest in damage per second first.
+
+    Each site walks down its lower convex hull (of damage over time), so its own prices rise and
+    the order of all steps by price is the optimal one for every prefix. Nested by construction.
+    """
+    steps = [step for site, row in options.items() for step in _steps(site, row, hull(row))]
+    return _walk(options, sorted(steps, key=lambda step: step.price))
+
+
+def fine_path(options: Options) -> list[Plan]:
+    """As `path`, but through every option that is faster than all larger ones, hull or not.
+
+    For models with so few layers that the hull has fewer corners than profiles are wanted.
+    """
+    queues = {site: _steps(site, row, falling(row)) for site, row in options.items()}
+    steps: list[_Step] = []
+    while any(queues.values()):
+        site = min((s for s, q in queues.items() if q), key=lambda s: queues[s][0].price)
+        steps.append(queues[site].pop(0))
+    return _walk(options, steps)
+
+
+def falling(row: Sequence[Option]) -> list[int]:
+    """Places of the options that are faster than every larger one."""
+    kept = [0]
+    for i, option in enumerate(row):
+        if option.seconds < row[kept[-1]].seconds:
+            kept.append(i)
+    return kept
+
+
+def hull(row: Sequence[Option]) -> list[int]:
+    """Places of the corners of the lower convex hull of (seconds, damage), dense first."""
+    kept: list[int] = []
+    for i in falling(row):
+        while len(kept) >= 2 and _price(row, kept[-2], kept[-1]) >= _price(row, kept[-1], i):
+            kept.pop()
+        kept.append(i)
+    return kept
+
+
+def cut(plans: Sequence[Plan], count: int) -> list[Plan]:
+    """At most `count` distinct plans, smallest first, evenly spaced in time from Tiny to Max.
+
+    Args:
+        plans: A path, largest first.
+        count: How many profiles are wanted.
+
+    Raises:
+        ValueError: `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"{count} profiles wanted; a chain has at least 1")
+    last = max(tiny(plans), min(count, len(plans)) - 1)
+    top, bottom = plans[0].seconds, plans[last].seconds
+    picked = [0]
+    for i in range(1, min(count, last + 1)):
+        want = top - (top - bottom) * i / (min(count, last + 1) - 1)
+        room = range(picked[-1] + 1, last - (min(count, last + 1) - 1 - i) + 1)
+        picked.append(min(room, key=lambda j: abs(plans[j].seconds - want)))
+    return [plans[i] for i in reversed(picked)]
+
+
+def tiny(plans: Sequence[Plan]) -> int:
+    """Place of the smallest plan worth having: see `SHARE_OF_MAX` and `DRIFT_MAX`."""
+    limit = SHARE_OF_MAX * plans[0].seconds
+    for i, plan in enumerate(plans):
+        if plan.seconds <= limit:
+            beyond = [j for j in range(i, len(plans)) if plans[j].drift <= DRIFT_MAX]
+            return max(i, max(beyond, default=i))
+    return len(plans) - 1
+
+
+def _steps(site: str, row: Sequence[Option], corners: Sequence[int]) -> list[_Step]:
+    return [
+        _Step(site, j, row[i].seconds - row[j].seconds, row[j].damage - row[i].damage)
+        for i, j in pairwise(corners)
+    ]
+
+
+def _price(row: Sequence[Option], i: int, j: int) -> float:
+    """Damage per second saved from option i to the faster option j."""
+    return (row[j].damage - row[i].damage) / (row[i].seconds - row[j].seconds)
+
+
+def _walk(options: Options, steps: Sequence[_Step]) -> list[Plan]:
+    """Take the steps one after another, from all sites dense."""
+    at = dict.fromkeys(options, 0)
+
+    def plan() -> Plan:
+        chosen = {site: row[at[site]] for site, row in options.items()}
+        return Plan(
+            {site: option.format for site, option in chosen.items()},
+            math.fsum(option.seconds for option in chosen.values()),
+            math.fsum(option.damage for option in chosen.values()),
+        )
+
+    plans = [plan()]
+    for step in steps:
+        at[step.site] = step.to
+        plans.append(plan())
+    return plans

@@ -1,0 +1,126 @@
+"""What a site may become on a target: the menu, and the gate that keeps slower formats off it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.sites import ConvSite, LinearSite, Site
+from t3c.cost_models.base import AbstractCostModel, Row
+
+SHARES = (0.75, 0.5, 0.35, 0.25, 0.125)
+"""Shares of full rank on the coarse menu."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateDecision:
+    """Whether one format of one site came onto the menu, and why.
+
+    Attributes:
+        site: Name of the site.
+        format: The format.
+        seconds: Its predicted time of one call.
+        dense_seconds: Predicted time of the dense int8 format.
+        kept: Whether a profile may use it.
+    """
+
+    site: str
+    format: Format
+    seconds: float
+    dense_seconds: float
+    kept: bool
+
+    @property
+    def reason(self) -> str:
+        """The comparison, in words."""
+        verdict = "faster" if self.kept else "not faster"
+        return (
+            f"{self.format} at {self.site}: {self.seconds * 1e6:.0f} us predicted, {verdict} than "
+            f"dense-int8 at {self.dense_seconds * 1e6:.0f} us"
+        )
+
+
+def ranks(full: int, step: int, shares: Sequence[float] | None) -> list[int]:
+    """Multiples of `step` below full rank, largest first.
+
+    Args:
+        full: Full rank.
+        step: The target's rank step.
+        shares: Nearest multiples of these shares of full rank; None: every multiple.
+    """
+    wanted: Sequence[int] = range(step, full, step)
+    if shares is not None:
+        wanted = [max(step, round(share * full / step) * step) for share in shares]
+    return sorted({rank for rank in wanted if rank < full}, reverse=True)
+
+
+def formats(
+    site: Site, step: int, shares: Sequence[float] | None = SHARES, *, cp: int = 0
+) -> list[Format]:
+    """Formats of a site from dense down, each at most the one before in every rank.
+
+    A k x k convolution has one path: both ranks fall together, each as a share of its own side.
+
+    Args:
+        site: The site.
+        step: The target's rank step.
+        shares: Shares of full rank; None: every step.
+        cp: Above 0 a k x k convolution becomes CP of less than this rank instead of Tucker-2.
+    """
+    menu: list[Format] = [Dense(8)]
+    match site:
+        case LinearSite():
+            menu += [LowRank(rank) for rank in ranks(site.full_rank, step, shares)]
+        case ConvSite() if site.pointwise:
+            menu += [LowRank(rank) for rank in ranks(site.full_rank, step, shares)]
+        case ConvSite() if cp > 0:
+            menu += [CP(rank) for rank in ranks(cp, step, shares)]
+        case ConvSite():
+            menu += _tucker(site, step, shares)
+    return menu
+
+
+def gate(
+    sites: Mapping[str, Site],
+    step: int,
+    model: AbstractCostModel,
+    *,
+    threads: int = 1,
+    shares: Sequence[float] | None = SHARES,
+    cp: Mapping[str, int] | None = None,
+) -> tuple[GateDecision, ...]:
+    """Every format of every site, with its predicted time; kept where it is faster than dense.
+
+    Dense formats are always kept and come first at each site.
+
+    Args:
+        sites: Site name -> site.
+        step: The target's rank step.
+        model: Predicts times.
+        threads: Threads of one call.
+        shares: Shares of full rank; None: every step.
+        cp: Site name -> largest CP rank, for convolutions that become CP; None: none do.
+    """
+    decisions: list[GateDecision] = []
+    for name, site in sites.items():
+        menu = formats(site, step, shares, cp=(cp or {}).get(name, 0))
+        times = model.predict([Row(site, fmt, threads) for fmt in menu])
+        for fmt, seconds in zip(menu, times, strict=True):
+            kept = isinstance(fmt, Dense) or seconds < times[0]
+            decisions.append(GateDecision(name, fmt, seconds, times[0], kept))
+    return tuple(decisions)
+
+
+def _tucker(site: ConvSite, step: int, shares: Sequence[float] | None) -> list[Format]:
+    """Tucker-2 formats with both ranks falling together; none where a side is below the step."""
+    sides = (site.in_channels, site.out_channels)
+    if min(sides) < step:
+        return []
+    if shares is None:
+        count = max(sides) // step
+        shares = [i / count for i in range(count, 0, -1)]
+
+    def rank(full: int, share: float) -> int:
+        return min(full // step, max(1, round(share * full / step))) * step
+
+    pairs = {(rank(sides[0], share), rank(sides[1], share)) for share in shares} - {sides}
+    return [Tucker2(*pair) for pair in sorted(pairs, reverse=True)]

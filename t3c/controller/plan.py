@@ -1,0 +1,187 @@
+"""From an elastic model and calibration data to a chain of profiles for one target."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from t3c.controller import chain as search
+from t3c.controller.calibrate import calibrate, kind_of
+from t3c.controller.damage import DamageTable, Menu, measure
+from t3c.controller.options import SHARES, GateDecision, gate
+from t3c.controller.progress import Progress, silent
+from t3c.controller.suffix import Suffix
+from t3c.controller.work import other_bytes, peak_bytes, rest_of
+from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.profile import Label, Profile, ProfileChain, Timing
+from t3c.core.sites import LinearSite, Site
+from t3c.cost_models import AbstractCostModel, cost_model
+from t3c.cost_models.base import Work
+from t3c.elastic.model import ElasticModel
+from t3c.targets.base import TargetSpec
+
+SECONDS = 45.0
+"""Time for the damage table where the caller names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A chain and everything that led to it.
+
+    Attributes:
+        chain: Profiles with predicted latency and estimated bytes, smallest first.
+        gate: Every format considered, with its predicted time, kept or not.
+        table: Damage of the formats that were kept.
+        drift: Profile name -> predicted relative drift (root of the summed damage).
+        plain: Sites whose factors ignore the data, because they are too wide.
+        notes: What the user should know, for example that there are fewer profiles than wanted.
+    """
+
+    chain: ProfileChain
+    gate: tuple[GateDecision, ...]
+    table: DamageTable
+    drift: Mapping[str, float]
+    plain: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def plan(
+    elastic: ElasticModel,
+    batches: Sequence[tuple[Tensor, ...]],
+    spec: TargetSpec,
+    *,
+    profiles: int = 8,
+    seconds: float | None = None,
+    threads: int = 1,
+    model: AbstractCostModel | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Calibrate, measure the damage table, search the chain.
+
+    Args:
+        elastic: The model; its factors are replaced by calibrated ones.
+        batches: Flat inputs, as the graph takes them; at least one.
+        spec: The target; its rank step and cost decide the menu.
+        profiles: How many profiles are wanted; fewer come only where the menu has fewer choices.
+        seconds: Time for calibration and the damage table together, beyond the least they need;
+            None: `SECONDS`; infinity: everything on every batch.
+        threads: Threads that one call will use on the target.
+        model: Predicts times; None: the target's roofline.
+        progress: Told where it is; None: nobody.
+
+    Raises:
+        T3CError: No batches, or values that are not finite.
+        ValueError: `profiles` is below 1.
+    """
+    if profiles < 1:
+        raise ValueError(f"{profiles} profiles wanted; a chain has at least 1")
+    progress = silent if progress is None else progress
+    start = time.monotonic()
+    limit = SECONDS if seconds is None else seconds
+    plain = calibrate(elastic, batches, seconds=limit / 4, progress=progress)
+    predict = cost_model(spec) if model is None else model
+    decisions = menu_of(elastic, spec, predict, profiles, threads)
+    menu: Menu = {
+        name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
+    }
+    left = limit - (time.monotonic() - start)
+    table = measure(elastic, batches, menu, seconds=max(left, limit / 2), progress=progress)
+    options = {
+        name: [
+            search.Option(d.format, d.seconds, table.entries[name][d.format].damage)
+            for d in decisions
+            if d.site == name and d.kept
+        ]
+        for name in elastic.sites
+    }
+    path = search.path(options)
+    if len(path) < profiles:
+        path = search.fine_path(options)
+    plans = search.cut(path, profiles)
+    notes = []
+    if len(plans) < profiles:
+        notes.append(
+            f"{len(plans)} of {profiles} profiles: on {spec.name!r} only {len(path)} different "
+            f"choices are faster than dense (ranks are multiples of {spec.rank_step})"
+        )
+    names = profile_names(len(plans))
+    suffix = Suffix(elastic)
+    suffix.load(batches[0])
+    rest = rest_of(elastic.graph, suffix.values())
+    fixed = _Fixed(
+        predict.predict_rest(rest, threads),
+        rest,
+        other_bytes(elastic.graph),
+        peak_bytes(elastic.graph, suffix.values()),
+        threads,
+    )
+    made = [_profile(n, elastic.sites, p, fixed) for n, p in zip(names, plans, strict=True)]
+    drift = {name: p.drift for name, p in zip(names, plans, strict=True)}
+    return Plan(ProfileChain(tuple(made)), decisions, table, drift, plain, tuple(notes))
+
+
+def menu_of(
+    elastic: ElasticModel,
+    spec: TargetSpec,
+    model: AbstractCostModel,
+    profiles: int,
+    threads: int = 1,
+) -> tuple[GateDecision, ...]:
+    """The coarse menu, or every rank where the coarse one is too small for that many profiles."""
+    cp = {n: x.most(CP(1))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
+    sites, step = elastic.sites, spec.rank_step
+    coarse = gate(sites, step, model, threads=threads, shares=SHARES, cp=cp)
+    smaller = sum(d.kept and not isinstance(d.format, Dense) for d in coarse)
+    if smaller >= 3 * profiles:
+        return coarse
+    return gate(sites, step, model, threads=threads, shares=None, cp=cp)
+
+
+def profile_names(count: int) -> list[str]:
+    """``tiny``, ``p1``, ``p2``, ... ``max``; a single profile is ``max``."""
+    if count == 1:
+        return ["max"]
+    return ["tiny", *(f"p{i}" for i in range(1, count - 1)), "max"]
+
+
+def storage_bytes(site: Site, fmt: Format) -> int:
+    """Estimated bytes of a site: codes, a float32 scale for each output row, the float32 bias."""
+    outputs = site.n if isinstance(site, LinearSite) else site.out_channels
+    match fmt:
+        case Dense():
+            scales = outputs
+        case LowRank(rank):
+            scales = outputs + rank
+        case Tucker2(rank_in, rank_out):
+            scales = outputs + rank_in + rank_out
+        case CP(rank):
+            scales = outputs + rank
+    return math.ceil(site.elements(fmt) * fmt.bits / 8) + 4 * (scales + outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """What is the same in every profile."""
+
+    seconds: float
+    rest: Work
+    bytes: int
+    peak: int
+    threads: int
+
+
+def _profile(name: str, sites: Mapping[str, Site], plan: search.Plan, fixed: _Fixed) -> Profile:
+    """A profile with predicted time, counted multiply-adds and estimated bytes."""
+    stored = sum(storage_bytes(site, plan.formats[n]) for n, site in sites.items()) + fixed.bytes
+    macs = sum(site.macs(plan.formats[n]) for n, site in sites.items()) + fixed.rest.f32_macs
+    seconds = plan.seconds + fixed.seconds
+    return Profile(
+        name,
+        dict(plan.formats),
+        macs=macs,
+        storage_bytes=stored,
+        ram_bytes=stored + fixed.peak,
+        latency=Timing(seconds, seconds, Label.PREDICTED, threads=fixed.threads),
+    )

@@ -1,0 +1,137 @@
+import itertools
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t3c.controller.chain import (
+    DRIFT_MAX,
+    SHARE_OF_MAX,
+    Option,
+    cut,
+    falling,
+    fine_path,
+    hull,
+    path,
+    tiny,
+)
+from t3c.core.formats import Dense, LowRank, at_most
+
+
+@st.composite
+def menus(draw: st.DrawFn) -> dict[str, list[Option]]:
+    """Random sites: damage rises as rank falls; time usually falls, sometimes not."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    menu = {}
+    for i in range(draw(st.integers(1, 9))):
+        dense = rng.uniform(1e-5, 1e-3)
+        row, damage = [Option(Dense(8), dense, rng.choice([0.0, 1e-6]))], 1e-6
+        for rank in range(16 * draw(st.integers(0, 6)), 0, -16):
+            damage += rng.choice([0.0, rng.uniform(0, 0.02)])
+            row.append(Option(LowRank(rank), dense * rng.uniform(0.1, 1.05), damage))
+        menu[f"s{i}"] = row
+    return menu
+
+
+@settings(max_examples=200, deadline=None)
+@given(menus(), st.integers(1, 12))
+def test_chains_are_nested_distinct_and_strictly_faster_downwards(
+    menu: dict[str, list[Option]], count: int
+) -> None:
+    for make in (path, fine_path):
+        plans = cut(make(menu), count)
+        assert 1 <= len(plans) <= count
+        for small, large in itertools.pairwise(plans):
+            assert small.seconds < large.seconds
+            assert small.damage >= large.damage
+            assert small.formats != large.formats
+            assert all(at_most(small.formats[s], large.formats[s]) for s in menu)
+        assert all(fmt == Dense(8) for fmt in plans[-1].formats.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus())
+def test_each_plan_is_the_least_damage_at_its_time(menu: dict[str, list[Option]]) -> None:
+    menu = dict(itertools.islice(menu.items(), 4))
+    plans = path(menu)
+    for choice in itertools.product(*menu.values()):
+        seconds = math.fsum(o.seconds for o in choice)
+        damage = math.fsum(o.damage for o in choice)
+        for plan in plans:  # no choice beats a plan in both
+            assert not (seconds < plan.seconds * (1 - 1e-9) and damage < plan.damage - 1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus())
+def test_hull_prices_rise(menu: dict[str, list[Option]]) -> None:
+    for row in menu.values():
+        corners = hull(row)
+        assert corners[0] == 0
+        assert set(corners) <= set(falling(row))
+        prices = [
+            (row[j].damage - row[i].damage) / (row[i].seconds - row[j].seconds)
+            for i, j in itertools.pairwise(corners)
+        ]
+        assert prices == sorted(prices)
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus())
+def test_the_fine_path_visits_every_faster_option(menu: dict[str, list[Option]]) -> None:
+    steps = sum(len(falling(row)) - 1 for row in menu.values())
+    assert len(fine_path(menu)) == steps + 1
+    assert len(path(menu)) <= steps + 1
+
+
+def ladder(drifts: list[float]) -> list[Option]:
+    """Ten even steps of a tenth of the time each."""
+    return [
+        Option(Dense(8) if i == 0 else LowRank(160 - 16 * i), 1e-3 * (1 - 0.1 * i), d * d)
+        for i, d in enumerate(drifts)
+    ]
+
+
+def test_tiny_reaches_its_share_of_time_however_much_drift_that_costs() -> None:
+    plans = path({"fc": ladder([0, 0.5, 0.8, 1, 1.2, 1.3, 1.4, 1.5, 1.6])})
+    at = plans[tiny(plans)]
+    assert at.seconds <= SHARE_OF_MAX * plans[0].seconds
+    assert plans[tiny(plans) - 1].seconds > SHARE_OF_MAX * plans[0].seconds
+
+
+def test_tiny_goes_on_while_drift_is_small() -> None:
+    plans = path({"fc": ladder([0, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.26, 0.6])})
+    at = plans[tiny(plans)]
+    assert at.seconds == pytest.approx(0.3e-3)
+    assert at.drift <= DRIFT_MAX
+
+
+def test_tiny_is_the_end_where_ranks_allow_no_more() -> None:
+    plans = path({"fc": ladder([0, 0.1, 0.2])})
+    assert tiny(plans) == 2
+
+
+def test_profiles_are_spread_evenly_in_time() -> None:
+    rng = random.Random(0)
+    menu = {}
+    for i in range(40):
+        row, damage = [Option(Dense(8), 1e-3, 0.0)], 0.0
+        for rank in range(128, 0, -16):
+            damage += rng.uniform(0, 0.002)
+            row.append(Option(LowRank(rank), 1e-3 * rank / 200, damage))
+        menu[f"s{i}"] = row
+    plans = cut(path(menu), 8)
+    gaps = [large.seconds - small.seconds for small, large in itertools.pairwise(plans)]
+    assert max(gaps) < 1.3 * min(gaps)
+
+
+def test_a_chain_of_no_profiles_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 profiles wanted"):
+        cut(path({"fc": ladder([0, 1])}), 0)
+
+
+def test_sites_without_options_give_one_plan() -> None:
+    (only,) = cut(path({"fc": [Option(Dense(8), 1e-3, 0.0)]}), 8)
+    assert only.formats == {"fc": Dense(8)}
+    assert len(cut(path({}), 8)) == 1
