@@ -61,7 +61,7 @@ class Built:
     def save(self, path: Path) -> None:
         """Link the shared library."""
         options: dict[str, Any] = {}
-        if self.spec.cross_compiler and not _is_host(self.spec):
+        if self.spec.cross_compiler and not is_host(self.spec):
             options["fcompile"] = tvm.support.cc.cross_compiler(self.spec.cross_compiler)
         self.executable.export_library(str(path), **options)
 
@@ -106,7 +106,7 @@ def build(
         executable = relax.build(
             writer.module(), target=target, relax_pipeline=_finish(planned, target)
         )
-    except tvm.error.TVMError as error:
+    except (RuntimeError, ValueError) as error:
         raise LoweringError(f"TVM cannot build the library for {spec.name!r}: {error}") from error
     say("done", steps, steps)
     built = {
@@ -134,7 +134,8 @@ def tvm_target(spec: TargetSpec) -> Any:
     return tvm.target.Target(device, host=tvm.target.Target(host))
 
 
-def _is_host(spec: TargetSpec) -> bool:
+def is_host(spec: TargetSpec) -> bool:
+    """Whether this machine can run what is built for `spec`."""
     return spec.triple is None or spec.triple.split("-")[0] == platform.machine()
 
 
@@ -152,6 +153,7 @@ def _lower_floats(module: Any, spec: TargetSpec, target: Any) -> Any:
                 relax.transform.FoldConstant(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
+                relax.transform.RewriteDataflowReshape(),
                 relax.transform.DeadCodeElimination(),
             ]
         )(module)
@@ -171,7 +173,6 @@ def _finish(planned: dict[str, int], target: Any) -> Any:
         return module
 
     passes: Sequence[Any] = [
-        relax.transform.RewriteDataflowReshape(),
         relax.transform.ToNonDataflow(),
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),

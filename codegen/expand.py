@@ -61,7 +61,7 @@ class ProfileBuilder:
         }
         names = [self.store.parameter(params[p], self.skeleton.params[params[p]]) for p in shared]
         names += [n for site in sites for n in self.store.names(site, formats[site])]
-        inputs = [relax.Var(p.name_hint, p.ty) for p in main.params[: self.skeleton.inputs]]
+        inputs = [relax.Var(p.name, p.ty) for p in main.params[: self.skeleton.inputs]]
         tensors = [self.store.tensors[n] for n in names]
         weights = relax.Var(
             "weights", relax.TupleType([relax.TensorType(t.shape, str(t.dtype)) for t in tensors])

@@ -1,1 +1,55 @@
-"""T3C. Importing this package loads neither torch nor tvm."""
+"""T3C: make a network elastic once, lower it once per device, and turn a budget like a knob.
+
+Importing this package loads neither torch nor tvm.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from t3c.core.artifact import Artifact
+from t3c.core.budget import Budget
+from t3c.core.errors import (
+    ArtifactError,
+    CertificateError,
+    InfeasibleBudget,
+    LoweringError,
+    ParityError,
+    PassError,
+    T3CError,
+    TargetError,
+)
+
+if TYPE_CHECKING:
+    from t3c.api import elasticize, lower
+    from t3c.runtime.session import Session, load
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "Budget",
+    "CertificateError",
+    "InfeasibleBudget",
+    "LoweringError",
+    "ParityError",
+    "PassError",
+    "Session",
+    "T3CError",
+    "TargetError",
+    "elasticize",
+    "load",
+    "lower",
+]
+
+_LAZY = {
+    "elasticize": "t3c.api",
+    "lower": "t3c.api",
+    "load": "t3c.runtime.session",
+    "Session": "t3c.runtime.session",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a heavy public name on first use (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,410 @@
+"""The composition root: model in, elastic model, chain of profiles, library, artifact, session."""
+
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate, count
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from t3c import targets
+from t3c.certificate.observed import observe
+from t3c.codegen.build import Built, build, is_host
+from t3c.controller.plan import Plan, plan
+from t3c.core.artifact import Artifact
+from t3c.core.errors import LoweringError, ParityError
+from t3c.core.formats import Format
+from t3c.core.manifest import (
+    CompiledProfile,
+    Manifest,
+    Parity,
+    Stages,
+    TargetInfo,
+    TensorSpec,
+)
+from t3c.core.profile import Profile, Timing
+from t3c.core.structure import LEAF, Tree, flatten
+from t3c.elastic.conv import ElasticConv
+from t3c.elastic.linear import ElasticLinear
+from t3c.elastic.model import ElasticModel
+from t3c.passes.capture import Captured, capture
+from t3c.passes.pipeline import lowering_graph, rewrite
+from t3c.passes.sites import Choice, Makers
+from t3c.runtime import bundle
+from t3c.runtime.session import Session, load, summarize
+from t3c.targets import TargetSpec
+
+__all__ = ["TOLERANCE", "elasticize", "load", "lower"]
+
+Progress = Callable[[str, int, int], None]
+Model = nn.Module | ExportedProgram | ElasticModel
+Batch = tuple[Tensor, ...]
+
+TOLERANCE = 1e-2
+"""Relative L2 error allowed between the library and the fake-quantized torch reference."""
+PARITY_INPUTS = 2
+"""Calibration inputs on which every profile is proved."""
+WARMUP = 5
+"""Calls before the timed ones."""
+OBSERVED_INPUTS = 16
+"""Calibration inputs on which the drift of every profile is observed."""
+
+
+def elasticize(
+    model: nn.Module | ExportedProgram,
+    example_inputs: tuple[Any, ...] = (),
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    conv: str = "tucker2",
+) -> ElasticModel:
+    """Capture a model and turn its linear and convolution layers into elastic ones.
+
+    The model is never changed. Shapes of the example inputs become static.
+
+    Args:
+        model: A module, an FX graph module or an exported program.
+        example_inputs: Positional arguments of one call.
+        example_kwargs: Keyword arguments of that call.
+        include: Globs over module paths; only these layers become elastic.
+        exclude: Globs over module paths that stay as they are.
+        conv: Factorization of k x k convolutions: ``tucker2`` or ``cp``.
+
+    Raises:
+        PassError: The model cannot be captured; the message names every way that was tried.
+    """
+    captured = capture(model, example_inputs, example_kwargs)
+    makers = Makers(ElasticLinear, lambda site, w, b: ElasticConv(site, w, b, conv))
+    graph, report = rewrite(captured.graph, makers, Choice(tuple(include), tuple(exclude)))
+    return ElasticModel(graph, captured, report)
+
+
+def lower(
+    model: Model,
+    target: str | TargetSpec = "x86",
+    example_inputs: tuple[Any, ...] = (),
+    out: str | os.PathLike[str] | None = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    calibration: Sequence[tuple[Any, ...]] | None = None,
+    profiles: int = 8,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    conv: str = "tucker2",
+    plan_seconds: float | None = None,
+    calls: int = 100,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Artifact:
+    """Lower a model to one artifact in which every profile is compiled, and prove it.
+
+    Args:
+        model: What `elasticize` takes, or its result.
+        target: Name of a target (``t3c.targets.TARGETS``) or a specification.
+        example_inputs: Positional arguments of one call; unused for an elastic model.
+        out: Folder of the artifact; None: ``<model class>-<target>`` in the current folder.
+        example_kwargs: Keyword arguments of that call.
+        calibration: Arguments of calls with real data, each a tuple; None: the example inputs.
+        profiles: How many profiles the chain should have.
+        include: See `elasticize`.
+        exclude: See `elasticize`.
+        conv: See `elasticize`.
+        plan_seconds: Time for calibration and damage table; None: the planner's default.
+        calls: Timed calls per profile where this machine can run the library; 0: none, and the
+            profiles keep their predicted times.
+        progress: Called with (what, done, total).
+        say: Told every assumption, a line each; None: standard error.
+
+    Returns:
+        The artifact: `path`, `library`, and `manifest` with profiles, report and parity.
+
+    Raises:
+        TargetError: Unknown target (the known ones are listed), or tools are missing.
+        LoweringError: The graph does not fit the target.
+        ParityError: A profile does not compute what its torch reference computes.
+    """
+    spec = targets.get(target) if isinstance(target, str) else target
+    notes = _Notes(say)
+    if isinstance(model, ElasticModel):
+        elastic = model
+    else:
+        elastic = elasticize(
+            model,
+            example_inputs,
+            example_kwargs=example_kwargs,
+            include=include,
+            exclude=exclude,
+            conv=conv,
+        )
+    notes.add(*_captured(elastic).notes)
+    batches = _batches(elastic, calibration, notes)
+    chosen = plan(elastic, batches, spec, profiles=profiles, seconds=plan_seconds, progress=progress)
+    notes.add(*chosen.notes)
+    built = _build(elastic, chosen, spec, progress)
+    manifest = _manifest(elastic, chosen, built, spec, batches, notes)
+    where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
+    with tempfile.TemporaryDirectory() as scratch:
+        library = Path(scratch) / "model.so"
+        built.save(library)
+        manifest = replace(manifest, stages=Stages(built=True))
+        if _runs_here(spec):
+            draft = bundle.write(Path(scratch) / "draft", manifest, library, built.tensors)
+            session = load(draft, hashes=False)
+            manifest = _verified(manifest, session, elastic, batches[:PARITY_INPUTS], progress)
+            if calls:
+                manifest = _timed(manifest, session, batches[0], calls, progress)
+        else:
+            notes.add(f"{spec.name}: no such device here; built, not run; times are predicted")
+        manifest = replace(manifest, assumptions=tuple(notes.lines))
+        return bundle.write(where, manifest, library, built.tensors)
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What was assumed: told once, kept for the manifest."""
+
+    say: Callable[[str], None] | None
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, *lines: str) -> None:
+        for line in lines:
+            self.lines.append(line)
+            if self.say is None:
+                print(f"t3c: {line}", file=sys.stderr)
+            else:
+                self.say(line)
+
+
+def _runs_here(spec: TargetSpec) -> bool:
+    """Whether this machine is such a device."""
+    return spec.kind == "llvm" and is_host(spec) and spec.features <= targets.cpu_features()
+
+
+def _captured(elastic: ElasticModel) -> Captured:
+    return cast(Captured, elastic.captured)
+
+
+def _batches(
+    elastic: ElasticModel, calibration: Sequence[tuple[Any, ...]] | None, notes: _Notes
+) -> list[Batch]:
+    """Calibration calls as the graph takes them; the example inputs where there are none."""
+    if calibration is None:
+        notes.add(
+            "no calibration data: ranks and factors follow the example inputs alone; pass "
+            "calibration=[(x,), ...] with real inputs for a chain that fits your data"
+        )
+        return [elastic.example_inputs]
+    batches = [elastic.captured.flatten(args, {}) for args in calibration]
+    if not batches:
+        raise ValueError("calibration is empty; leave it out, or give at least one call")
+    return batches
+
+
+def _build(
+    elastic: ElasticModel, chosen: Plan, spec: TargetSpec, progress: Progress | None
+) -> Built:
+    """Compile every profile of the chain."""
+    used: dict[str, set[Format]] = {site: set() for site in elastic.sites}
+    for profile in chosen.chain:
+        for site, fmt in profile.formats.items():
+            used[site].add(fmt)
+    graph = lowering_graph(elastic.graph)
+    return build(
+        torch.export.export(graph, elastic.example_inputs, strict=False),
+        elastic.sites,
+        {site: elastic.codes(site, formats) for site, formats in used.items()},
+        {p.name: p.formats for p in chosen.chain},
+        spec,
+        progress,
+    )
+
+
+def _manifest(
+    elastic: ElasticModel,
+    chosen: Plan,
+    built: Built,
+    spec: TargetSpec,
+    batches: Sequence[Batch],
+    notes: _Notes,
+) -> Manifest:
+    """Everything that is known before the library runs."""
+    captured = _captured(elastic)
+    original = observe(elastic, chosen.chain, batches[-OBSERVED_INPUTS:])
+    compiled = []
+    for profile in chosen.chain:
+        made = built.profiles[profile.name]
+        ram = sum(built.tensors[n].nbytes for n in made.weights) + made.activation_bytes
+        counted = replace(
+            profile,
+            storage_bytes=made.storage_bytes,
+            ram_bytes=ram,
+            certificate=replace(profile.certificate, observed=original[profile.name]),
+        )
+        compiled.append(CompiledProfile(counted, made.function, made.weights))
+    with torch.inference_mode():
+        outputs = elastic.graph(*elastic.example_inputs)
+    return Manifest(
+        target=TargetInfo(
+            name=spec.name,
+            kind=spec.kind,
+            triple=spec.triple,
+            mcpu=spec.mcpu,
+            features=tuple(sorted(spec.features)),
+            arch=spec.arch,
+        ),
+        stages=Stages(),
+        library=f"lib/{spec.name}.so",
+        inputs=_specs(captured.names, elastic.example_inputs),
+        outputs=_specs(captured.output_names, outputs),
+        input_tree=_tree(captured.structure["inputs"], count()),
+        output_tree=_tree(captured.structure["outputs"], count()),
+        profiles=tuple(_increasing(compiled)),
+        versions=_versions(),
+        report=elastic.report,
+        calibration_sha256=_hash(batches),
+    )
+
+
+def _tree(node: Mapping[str, Any], order: Iterator[int]) -> Tree:
+    """The captured structure as manifests store it.
+
+    Raises:
+        LoweringError: A tensor is returned twice or out of order.
+    """
+    if node["kind"] == "leaf":
+        if node["index"] != next(order):
+            raise LoweringError(
+                f"{node['name']!r} occurs twice in the model's inputs or outputs; return a copy"
+            )
+        return LEAF
+    items = [_tree(item, order) for item in node["items"]]
+    if node["kind"] == "dict":
+        return {"kind": "dict", "items": dict(zip(node["keys"], items, strict=True))}
+    return {"kind": node["kind"], "items": items}
+
+
+def _specs(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch."))
+        for name, t in zip(names, tensors, strict=True)
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("t3c", "torch", "apache-tvm", "apache-tvm-ffi", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            found[name] = "unknown"
+    return found
+
+
+def _hash(batches: Sequence[Batch]) -> str:
+    """SHA-256 over all calibration inputs, in order."""
+    total = hashlib.sha256()
+    for batch in batches:
+        for tensor in batch:
+            total.update(np.ascontiguousarray(tensor.detach().numpy()).tobytes())
+    return total.hexdigest()
+
+
+def _verified(
+    manifest: Manifest,
+    session: Session,
+    elastic: ElasticModel,
+    batches: Sequence[Batch],
+    progress: Progress | None,
+) -> Manifest:
+    """Run every profile against its fake-quantized torch reference.
+
+    Raises:
+        ParityError: Names the profile, the output and both numbers.
+    """
+    proved = []
+    for i, compiled in enumerate(manifest.profiles):
+        profile = compiled.profile
+        if progress is not None:
+            progress("prove profiles", i, len(manifest.profiles))
+        worst = 0.0
+        with elastic.using(profile.formats), torch.inference_mode():
+            for batch in batches:
+                reference = elastic.graph(*batch)
+                result = session.variants[profile.name](**_named(manifest, batch))
+                flat = flatten(manifest.output_tree, result, "outputs")
+                for spec, want, got in zip(manifest.outputs, reference, flat, strict=True):
+                    error = _relative(got, want)
+                    worst = max(worst, error)
+                    if not error <= TOLERANCE:
+                        raise ParityError(
+                            f"profile {profile.name!r}, output {spec.name!r}: relative error "
+                            f"{error:.3g} against the torch reference, allowed is {TOLERANCE:g}; "
+                            "nothing was written. Exclude layers by glob to find the one at fault."
+                        )
+        parity = Parity(worst, TOLERANCE, len(batches), "device")
+        proved.append(replace(compiled, parity=parity))
+    stages = Stages(built=True, loaded=True, ran=True, verified=True, where="device")
+    return replace(manifest, profiles=tuple(proved), stages=stages)
+
+
+def _named(manifest: Manifest, batch: Batch) -> dict[str, Tensor]:
+    return {spec.name: tensor for spec, tensor in zip(manifest.inputs, batch, strict=True)}
+
+
+def _relative(got: Any, want: Any) -> float:
+    """||got - want|| / ||want|| in float64; where `want` is all zero, ||got||."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        return float("inf")
+    scale = float(np.linalg.norm(want))
+    return float(np.linalg.norm(got - want)) / (scale or 1.0)
+
+
+def _timed(
+    manifest: Manifest, session: Session, batch: Batch, calls: int, progress: Progress | None
+) -> Manifest:
+    """Measure every profile, interleaved, and let the measurement win over the prediction."""
+    if progress is not None:
+        progress("time profiles", 0, 1)
+    names = [c.profile.name for c in manifest.profiles]
+    samples = session.samples(names, _named(manifest, batch), calls, WARMUP)
+    timed = [
+        replace(c, profile=replace(c.profile, latency=summarize(samples[c.profile.name])))
+        for c in manifest.profiles
+    ]
+    return replace(manifest, profiles=tuple(_increasing(timed)))
+
+
+def _increasing(profiles: Sequence[CompiledProfile]) -> list[CompiledProfile]:
+    """Raise each cost to the running maximum along the chain, so that budgets are conservative."""
+
+    def join(small: Profile, large: Profile) -> Profile:
+        return replace(
+            large,
+            storage_bytes=max(small.storage_bytes, large.storage_bytes),
+            ram_bytes=max(small.ram_bytes, large.ram_bytes),
+            latency=_slower(small.latency, large.latency),
+        )
+
+    costs = list(accumulate((c.profile for c in profiles), join))
+    return [replace(c, profile=p) for c, p in zip(profiles, costs, strict=True)]
+
+
+def _slower(small: Timing | None, large: Timing | None) -> Timing | None:
+    if small is None or large is None:
+        return large
+    p50 = max(small.p50_s, large.p50_s)
+    return replace(large, p50_s=p50, p95_s=max(p50, small.p95_s, large.p95_s))
+
+
