@@ -119,7 +119,9 @@ class _Attention:
             self.pack_keys()
             self.pack_values()
             self.stage_mask()
-            e(f'scores = T.alloc_buffer(({self.rows}, {self.key_vectors * self.v.lanes}), "float32")')
+            e(
+                f'scores = T.alloc_buffer(({self.rows}, {self.key_vectors * self.v.lanes}), "float32")'
+            )
             e(f'peaks = T.alloc_buffer(({self.rows}, {self.v.lanes}), "float32")')
             e(f'inverse = T.alloc_buffer(({self.rows},), "float32")')
             with e.block(f"for block in range(T.min({per_chunk}, {self.blocks} - first)):"):
@@ -167,7 +169,9 @@ class _Attention:
                     if d % n:
                         with e.block(f"for dd, i in T.grid({d % n}, {n}):"):
                             at = f"{base} + ({d // n * n} + dd) * {run.width * n} + j * {n} + i"
-                            source = f"T.min({key} + i, {s.kv_len - 1}), kv * {d} + {d // n * n} + dd"
+                            source = (
+                                f"T.min({key} + i, {s.kv_len - 1}), kv * {d} + {d // n * n} + dd"
+                            )
                             e(f"kt[{at}] = k[b, {source}] * T.float32({self.scale!r})")
 
     def pack_values(self) -> None:
@@ -178,7 +182,8 @@ class _Attention:
         for run in panels(self.value_vectors, self.widest):
             with e.block(f"for p, t in T.grid({run.count}, {s.kv_len}):"):
                 base = e.let(
-                    "base", f"({run.first} + p * {run.width}) * {s.kv_len * n} + t * {run.width * n}"
+                    "base",
+                    f"({run.first} + p * {run.width}) * {s.kv_len * n} + t * {run.width * n}",
                 )
                 for j in range(run.width):
                     vector = f"({run.first} + p * {run.width} + {j})"
@@ -315,7 +320,9 @@ class _Attention:
                     bias = self.bias(i, f"({first} + {j})", last and j == run.width - 1)
                     x = e.let("s", cell if bias is None else f"{cell} + {bias}")
                     if self.causal:
-                        seen = f"T.ramp(({first} + {j}) * {n}, 1, {n}) <= T.broadcast(s0 + {i}, {n})"
+                        seen = (
+                            f"T.ramp(({first} + {j}) * {n}, 1, {n}) <= T.broadcast(s0 + {i}, {n})"
+                        )
                         x = e.let("s", f"T.Select({seen}, {x}, {v.splat(MINUS_INFINITY)})")
                     e(f"scores[{i}, {v.at(f'({first} + {j}) * {n}')}] = {x}")
                     e(f"{peak} = T.max({peak}, {x})")
