@@ -12,7 +12,8 @@ from typing import Any
 
 from t3c.codegen.import_graph import KernelCall, SiteCall, Skeleton
 from t3c.codegen.kernels.family import Kernel
-from t3c.codegen.tvm_api import parse_function, relax, substitute
+from t3c.codegen.script import read_function
+from t3c.codegen.tvm_api import relax, substitute
 from t3c.codegen.weights import WeightStore, conv_steps, rank_max
 from t3c.core.formats import Format, LowRank
 from t3c.core.sites import ConvSite, LinearSite
@@ -80,7 +81,8 @@ class ProfileBuilder:
     def kernel(self, kernel: Kernel) -> Any:
         """The kernel's global variable; parsed and added on first use."""
         if kernel.name not in self.kernels:
-            self.kernels[kernel.name] = self.builder.add_func(parse_function(kernel.source), kernel.name)
+            function = read_function(kernel.source).with_attr("tirx.is_scheduled", True)
+            self.kernels[kernel.name] = self.builder.add_func(function, kernel.name)
         return self.kernels[kernel.name]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from t3c import targets
-from t3c.certificate.observed import observe
+from t3c.certificate.observed import certify
 from t3c.codegen.build import Built, build, is_host
 from t3c.controller.plan import Plan, plan
 from t3c.core.artifact import Artifact
@@ -152,7 +152,7 @@ def lower(
     chosen = plan(elastic, batches, spec, profiles=profiles, seconds=plan_seconds, progress=progress)
     notes.add(*chosen.notes)
     built = _build(elastic, chosen, spec, progress)
-    manifest = _manifest(elastic, chosen, built, spec, batches, notes)
+    manifest = _manifest(elastic, chosen, built, spec, batches, progress)
     where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch) / "model.so"
@@ -236,21 +236,16 @@ def _manifest(
     built: Built,
     spec: TargetSpec,
     batches: Sequence[Batch],
-    notes: _Notes,
+    progress: Progress | None,
 ) -> Manifest:
     """Everything that is known before the library runs."""
     captured = _captured(elastic)
-    original = observe(elastic, chosen.chain, batches[-OBSERVED_INPUTS:])
+    chain = certify(elastic, chosen.chain, batches[-OBSERVED_INPUTS:], progress=progress)
     compiled = []
-    for profile in chosen.chain:
+    for profile in chain:
         made = built.profiles[profile.name]
         ram = sum(built.tensors[n].nbytes for n in made.weights) + made.activation_bytes
-        counted = replace(
-            profile,
-            storage_bytes=made.storage_bytes,
-            ram_bytes=ram,
-            certificate=replace(profile.certificate, observed=original[profile.name]),
-        )
+        counted = replace(profile, storage_bytes=made.storage_bytes, ram_bytes=ram)
         compiled.append(CompiledProfile(counted, made.function, made.weights))
     with torch.inference_mode():
         outputs = elastic.graph(*elastic.example_inputs)
