@@ -183,6 +183,9 @@ class _Product:
             c = e.let("c", f"{t} // {groups} % {chunks} * {chunk}")
             here = str(chunk) if panels % chunk == 0 else f"T.min({chunk}, {panels} - {c})"
             out = e.alloc("out", (4 * TILE_WORDS,), "int32")
+            with e.loop("i", 4 * TILE_WORDS // LANES) as i:
+                # TVM shrinks a buffer to what it sees accessed, and it does not see tile stores
+                e(f"{out}[{lanes(f'{i} * 16')}] = {i32(0)}")
             scratch = ""
             if not self.in_place:
                 scratch = e.alloc("scratch", (2 * chunk * self.tiles * TILE_WORDS,), "int32")

@@ -82,8 +82,8 @@ class Axis:
 class Layout:
     """Geometry of one convolution.
 
-    A patch embedding (kernel == stride, width a multiple of four) has a phase for every tap; there
-    the taps become channels instead and the convolution 1x1 (`patches`).
+    A patch embedding (kernel == stride) has a phase for every tap; there the taps become channels
+    instead and the convolution 1x1 (`patches`).
     """
 
     shape: ConvShape
@@ -104,7 +104,7 @@ class Layout:
             s.kernel == s.stride
             and s.padding == (0, 0)
             and s.dilation == (1, 1)
-            and s.kernel[1] % 4 == 0
+            and s.kernel[1] > 2
         )
 
     @property

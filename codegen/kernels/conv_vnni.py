@@ -10,7 +10,7 @@ from typing import ClassVar, final
 
 import numpy as np
 
-from t3c.codegen.kernels.conv_layout import Layout, TapClass, pad_bytes
+from t3c.codegen.kernels.conv_layout import Layout, pad_bytes
 from t3c.codegen.kernels.conv_x86 import Panel, panel_at, quantize_kernel
 from t3c.codegen.kernels.emit import (
     LANES,
@@ -147,12 +147,29 @@ class _Product:
         weights = layout.shape.out_channels * layout.quads * layout.taps * 4
         return weights > L2_BYTES or layout.vectors <= 2 * self.block.vectors
 
+    @property
+    def _table(self) -> bool:
+        """Whether words of the taps come from a table: several phases would be as many loops."""
+        return len(self.layout.classes) > 1
+
+    def _tabulate(self) -> None:
+        """Fill the table of the words from an output pixel to each tap."""
+        if not self._table:
+            return
+        e = self.e
+        e(f'offset = T.alloc_buffer(({self.layout.taps},), "int32")')
+        for taps in self.layout.classes:
+            with e.loop("i", taps.count[0]) as i, e.loop("j", taps.count[1]) as j:
+                line = f"{taps.start} + {i} * {taps.step[0]} + {j} * {taps.step[1]}"
+                e(f"offset[{taps.first} + {i} * {taps.count[1]} + {j}] = {line}")
+
     def _by_pixels(self) -> None:
         e, layout, block = self.e, self.layout, self.block
         whole = layout.pixels // LANES // block.vectors
         rest = layout.vectors - whole * block.vectors
         panels = whole + (rest > 0)
         with e.parallel("t", layout.shape.batch * panels, self._threads()) as t:
+            self._tabulate()
             b = e.let("b", f"{t} // {panels}")
             g = e.let("g", f"{t} % {panels}")
             p = e.let("p", f"{g} * {block.vectors * LANES}")
@@ -181,6 +198,7 @@ class _Product:
         whole, rest = divmod(s.out_channels, self.block.rows)
         blocks = whole + (rest > 0)
         with e.parallel("t", s.batch * blocks, self._threads()) as t:
+            self._tabulate()
             b = e.let("b", f"{t} // {blocks}")
             n = e.let("n", f"{t} % {blocks}")
             with ExitStack() as stack:
@@ -221,37 +239,55 @@ class _Product:
         with e.loop("q", layout.quads) as q:
             word = f"{b} * {layout.image_words} + {q} * {layout.quad_words} + {p}"
             tap = f"({n} * {layout.quads_of(in_max)} + {q}) * {layout.taps}"
-            for taps in layout.classes:
-                self._taps(taps, word, tap, acc)
-        for i in range(rows):
-            channel = f"{n} * {self.block.rows} + {i}"
-            if not self.raw:
-                scale = e.let("s", splat(f"(scales[{b}] * wscale[{channel}])"))
-                bias = e.let("h", splat(f"bias[{channel}]"))
-            for j in range(count):
-                value = f"{acc[i][j]}[{lanes(0)}]"
-                if self.raw:
-                    panel.store(f"y[{b}, {channel}, 0, ", j, value, "int32")
-                else:
-                    panel.finish(j, f"{b}, {channel}", value, scale, bias, self.steps)
+            if self._table:
+                with e.loop("t", layout.taps) as t:
+                    self._multiply(f"{word} + offset[{t}]", f"{tap} + {t}", acc)
+            else:
+                (taps,) = layout.classes
+                with e.loop("i", taps.count[0]) as i, e.loop("j", taps.count[1]) as j:
+                    at = f"{word} + {taps.start} + {i} * {taps.step[0]} + {j} * {taps.step[1]}"
+                    self._multiply(at, f"{tap} + {i} * {taps.count[1]} + {j}", acc)
+        if set(self.steps) <= {"relu", "add"}:
+            for i, row in enumerate(acc):
+                values = [f"{name}[{lanes(0)}]" for name in row]
+                self._finish(b, f"{n} * {self.block.rows} + {i}", panel, values)
+            return
+        # long epilogues are written once, not for every accumulator
+        staged = e.alloc("staged", (rows * count * LANES,), "int32")
+        for i, row in enumerate(acc):
+            for j, name in enumerate(row):
+                e(f"{staged}[{lanes((i * count + j) * LANES)}] = {name}[{lanes(0)}]")
+        with e.loop("i", rows) as i:
+            at = [lanes(f"({i} * {count} + {j}) * {LANES}") for j in range(count)]
+            values = [f"{staged}[{index}]" for index in at]
+            self._finish(b, f"{n} * {self.block.rows} + {i}", panel, values)
 
-    def _taps(self, taps: TapClass, word: str, tap: str, acc: list[list[str]]) -> None:
-        """Add the products of one class of taps."""
+    def _finish(self, b: str, channel: str, panel: Panel, values: list[str]) -> None:
+        """Dequantize and store the accumulators of one channel."""
         e = self.e
-        with e.loop("i", taps.count[0]) as i, e.loop("j", taps.count[1]) as j:
-            line = f"{word} + {taps.start} + {i} * {taps.step[0]} + {j} * {taps.step[1]}"
-            at = e.let("at", line)
-            line = f"({tap} + {taps.first} + {i} * {taps.count[1]} + {j}) * {self.block.rows}"
-            weight = e.let("w", line)
-            pixels = [
-                e.let("a", f'T.reinterpret(codes[{lanes(f"{at} + {LANES * v}")}], dtype="int8x64")')
-                for v in range(len(acc[0]))
-            ]
-            for u, row in enumerate(acc):
-                line = splat(f"weight[{weight} + {u}]")
-                weights = e.let("k", f'T.reinterpret({line}, dtype="int8x64")')
-                for pixel, name in zip(pixels, row, strict=True):
-                    e(
-                        f'{name}[{lanes(0)}] = T.call_llvm_pure_intrin("int32x16", '
-                        f'"llvm.x86.avx512.vpdpbusd.512", {name}[{lanes(0)}], {pixel}, {weights})'
-                    )
+        if self.raw:
+            for j, value in enumerate(values):
+                panel.store(f"y[{b}, {channel}, 0, ", j, value, "int32")
+            return
+        scale = e.let("s", splat(f"(scales[{b}] * wscale[{channel}])"))
+        bias = e.let("h", splat(f"bias[{channel}]"))
+        for j, value in enumerate(values):
+            panel.finish(j, f"{b}, {channel}", value, scale, bias, self.steps)
+
+    def _multiply(self, word: str, tap: str, acc: list[list[str]]) -> None:
+        """Add the products of one quad of one tap."""
+        e = self.e
+        at = e.let("at", word)
+        weight = e.let("w", f"({tap}) * {self.block.rows}")
+        pixels = [
+            e.let("a", f'T.reinterpret(codes[{lanes(f"{at} + {LANES * v}")}], dtype="int8x64")')
+            for v in range(len(acc[0]))
+        ]
+        for u, row in enumerate(acc):
+            line = splat(f"weight[{weight} + {u}]")
+            weights = e.let("k", f'T.reinterpret({line}, dtype="int8x64")')
+            for pixel, name in zip(pixels, row, strict=True):
+                e(
+                    f'{name}[{lanes(0)}] = T.call_llvm_pure_intrin("int32x16", '
+                    f'"llvm.x86.avx512.vpdpbusd.512", {name}[{lanes(0)}], {pixel}, {weights})'
+                )

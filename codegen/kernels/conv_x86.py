@@ -5,6 +5,7 @@ an output row; its valid lanes are neighbours in the output, so they are compres
 one piece.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from t3c.codegen.kernels.conv_layout import Layout
@@ -97,6 +98,16 @@ def emit_peaks(e: Emitter, s: ConvShape) -> str:
         e(f"{inverse}[{b}] = T.float32(127) / scales[{b}]")
         e(f"scales[{b}] = scales[{b}] * T.float32({1 / 127!r})")
     return inverse
+
+
+def _join(bytes_: Iterable[str]) -> str:
+    """One word of four bytes, the first lowest."""
+    word = ""
+    for u, byte in enumerate(bytes_):
+        part = f'T.bitwise_and(T.cast({byte}, "int32"), 255)'
+        part = f"T.shift_left({part}, {8 * u})" if u else part
+        word = f"T.bitwise_or({word}, {part})" if u else part
+    return word
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,20 +265,29 @@ class _Quantizer:
             self._gather(image)
 
     def _gather_patches(self, image: str) -> None:
-        """Four neighbours of a patch's row are one word."""
+        """Four neighbours of a patch are one word: bytes of a row, or of any rows and channels."""
         e, layout, s = self.e, self.layout, self.layout.shape
         (height, width), (oh, ow) = s.in_size, s.out_size
-        kh, quads, c = s.kernel[0], s.kernel[1] // 4, s.in_channels
-        with e.parallel("t", s.batch * c * kh, self.threads) as t:
-            b = e.let("b", f"{t} // {c * kh}")
-            line = e.let("line", f"{t} % {c * kh}")
-            with e.loop("j", quads) as j, e.loop("r", oh) as r, e.loop("v", ow) as v:
-                source = f"(({b} * {c} + {line} // {kh}) * {height} + {r} * {kh} + {line} % {kh})"
-                source += f" * {width} + {v} * {s.kernel[1]} + {j} * 4"
-                word = f"{b} * {layout.image_words} + ({line} * {quads} + {j}) * {layout.plane}"
-                word += f" + {r} * {ow} + {v}"
-                value = f'T.reinterpret({image}[{lanes(source, 4)}], dtype="int32")'
-                e(f"codes[{word}] = {value}")
+        (kh, kw), c = s.kernel, s.in_channels
+
+        def source(tap: str, b: str, r: str, v: str) -> str:
+            line = f"({b} * {c} + {tap} // {kh * kw}) * {height} + {r} * {kh}"
+            return f"({line} + {tap} // {kw} % {kh}) * {width} + {v} * {kw} + {tap} % {kw}"
+
+        with e.parallel("t", s.batch * layout.quads, self.threads) as t:
+            b = e.let("b", f"{t} // {layout.quads}")
+            tap = e.let("tap", f"{t} % {layout.quads} * 4")
+            with e.loop("r", oh) as r, e.loop("v", ow) as v:
+                if kw % 4 == 0:
+                    four = lanes(source(tap, b, r, v), 4)
+                    word = f'T.reinterpret({image}[{four}], dtype="int32")'
+                else:  # a tap past the last repeats it: its weights are zero
+                    last = layout.channels - 1
+                    word = _join(
+                        f"{image}[{source(f'T.min({tap} + {u}, {last})', b, r, v)}]"
+                        for u in range(4)
+                    )
+                e(f"codes[{t} * {layout.plane} + {r} * {ow} + {v}] = {word}")
 
     def _gather(self, image: str) -> None:
         """Any stride, word by word."""
@@ -289,14 +309,12 @@ class _Quantizer:
                     at += f" + {v} + {left}"
                     pixel = f"(({r} + {top}) * {h.stride} + {ph - h.padding}) * {width}"
                     pixel += f" + ({v} + {left}) * {w.stride} + {pw - w.padding}"
-                    word = ""
-                    for u in range(4):  # a channel past the last repeats it: its weights are zero
-                        channel = f"T.min({q} * 4 + {u}, {s.in_channels - 1})"
-                        byte = f"{image}[({b} * {s.in_channels} + {channel})"
-                        byte += f" * {height * width} + {pixel}]"
-                        part = f'T.bitwise_and(T.cast({byte}, "int32"), 255)'
-                        part = f"T.shift_left({part}, {8 * u})" if u else part
-                        word = f"T.bitwise_or({word}, {part})" if u else part
+                    word = _join(  # a channel past the last repeats it: its weights are zero
+                        f"{image}[({b} * {s.in_channels}"
+                        f" + T.min({q} * 4 + {u}, {s.in_channels - 1}))"
+                        f" * {height * width} + {pixel}]"
+                        for u in range(4)
+                    )
                     e(f"codes[{at}] = {word}")
 
 
