@@ -30,7 +30,7 @@ class CanonicalLinear(AbstractPass):
     Before: y = addmm(b, x, t(w));  y = mm(x, v);  y = matmul(x, v) + b
     After:  y = linear(x, w, b);    y = linear(x, v^T);  y = linear(x, v^T, b)
 
-    A weight stored as [k, n] is stored again, transposed, under the name ``<name>.weight``.
+    A weight stored as [k, n] is stored again, transposed, under the name ``<name>_turned``.
     """
 
     name: ClassVar[str] = "canonical-linear"
@@ -83,16 +83,15 @@ def _weight(gm: fx.GraphModule, matrix: fx.Node) -> fx.Node | None:
 
 
 def _turned(gm: fx.GraphModule, matrix: fx.Node, value: Tensor) -> fx.Node:
-    name = str(matrix.target).removesuffix(".weight")
-    memo: dict[str, fx.Node] = {
-        str(n.meta.get("turned")): n for n in gm.graph.nodes if n.op == "get_attr"
-    }
-    if str(matrix.target) in memo:
-        return memo[str(matrix.target)]
+    """The transposed matrix, stored once and still known by the name of its origin."""
+    origin = str(matrix.target)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.meta.get("owner") == origin:
+            return node
     with at_top(gm):
-        node = add_constant(gm, f"{name}.weight", value.t().contiguous(), parameter=True)
-    node.meta["turned"] = str(matrix.target)
-    return node
+        new = add_constant(gm, f"{origin}_turned", value.t().contiguous(), parameter=True)
+    new.meta["owner"] = origin
+    return new
 
 
 def _absorb_bias(gm: fx.GraphModule, node: fx.Node) -> None:

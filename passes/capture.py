@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,8 @@ def capture(
     failures: list[str] = []
     for route, attempt in ROUTES.items():
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own, about its internals
                 program = attempt(frozen, example_inputs, kwargs)
                 return _finish(
                     program, example_inputs, kwargs, parameters, route, [*notes, *failures]
@@ -168,7 +170,15 @@ def _strict(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    return torch.export.export(fx.symbolic_trace(model), args, kwargs, strict=False)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    fixed = {
+        name: value
+        for name, value in bound.arguments.items()
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    }
+    traced = fx.symbolic_trace(model, concrete_args=fixed)
+    return torch.export.export(traced, args, kwargs, strict=False)
 
 
 def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -248,10 +258,10 @@ def _finish(
     """Make the graph functional and flat, and describe its inputs and outputs."""
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        names = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
         raise PassError(
-            f"the forward writes to {', '.join(sorted(set(names)))}; T3C compiles functions without "
-            "state. Call model.eval() before exporting, or return the new value instead."
+            f"the forward writes to {', '.join(sorted(set(written)))}; T3C compiles functions "
+            "without state. Call model.eval() before exporting, or return the new value instead."
         )
     program = program.run_decompositions({})
     leaves, in_tree = pytree.tree_flatten((args, kwargs))
@@ -320,15 +330,17 @@ def _strip(gm: fx.GraphModule, prefix: str) -> None:
     """Give parameters their own names back: ``traced.model.fc.weight`` -> ``fc.weight``."""
     for node in gm.graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith(prefix):
-            value = gm.get_parameter if isinstance(_attr(gm, node), nn.Parameter) else gm.get_buffer
-            tensor, name = value(str(node.target)), str(node.target).removeprefix(prefix)
+            tensor, name = _attr(gm, node), str(node.target).removeprefix(prefix)
             *path, leaf = name.split(".")
             owner: nn.Module = gm
             for part in path:
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
-            setattr(owner, leaf, tensor)
+            if isinstance(tensor, nn.Parameter):
+                owner.register_parameter(leaf, tensor)
+            elif isinstance(tensor, Tensor):
+                owner.register_buffer(leaf, tensor)
             node.target = name
     gm.recompile()
 

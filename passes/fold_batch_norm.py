@@ -108,8 +108,8 @@ def _fold(gm: fx.GraphModule, layer: fx.Node, scale: Tensor, shift: Tensor) -> f
     new_w = (w.double() * scale.reshape(-1, *[1] * (w.dim() - 1))).to(w.dtype)
     new_b = (shift if b is None else b.double() * scale + shift).to(w.dtype)
     base = str(w_node.target)
-    stem = base.removesuffix("weight")
-    stem = stem if stem != base else f"{base}."
+    plain = base == "weight" or base.endswith(".weight")
+    stem = base.removesuffix("weight") if plain else f"{base}_"
     weight = _store(gm, w_node, base, new_w)
     bias = _store(gm, b_node, f"{stem}bias", new_b)
     args: list[Any] = list(layer.args)

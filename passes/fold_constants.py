@@ -28,7 +28,7 @@ class FoldConstants(AbstractPass):
     After:  m = get_attr "folded_ge"
 
     A value larger than `max_bytes` stays a computation unless it is smaller than what it is
-    computed from; broadcasts stay broadcasts. Parameters that are folded away are no longer trained.
+    computed from, and broadcasts stay broadcasts. What is folded away is not trained any more.
     """
 
     name: ClassVar[str] = "fold-constants"

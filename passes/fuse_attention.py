@@ -11,6 +11,7 @@ from t3c.passes.base import AbstractPass, Log
 from t3c.passes.nodes import (
     add_constant,
     argument,
+    as_node,
     at_top,
     aten,
     constant,
@@ -49,7 +50,7 @@ class FuseAttention(AbstractPass):
 
 
 def _fuse(gm: fx.GraphModule, node: fx.Node, masks: "_Masks") -> None:
-    q, k, v = node.args[:3]
+    q, k, v = (as_node(a) for a in node.args[:3])
     mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
     scale = argument(node, 6, "scale")
     fits = all(len(shape_of(t)) == 4 and value_of(t).dtype == torch.float32 for t in (q, k, v))

@@ -74,7 +74,7 @@ def _step(user: fx.Node) -> str | None:
         return "gelu-tanh" if tanh else "gelu"
     if is_call(user, aten.add.Tensor) and user.kwargs.get("alpha", 1) == 1:
         return "add"
-    return _STEPS.get(user.target) if user.op == "call_function" else None  # type: ignore[call-overload,no-any-return]
+    return _STEPS.get(user.target) if user.op == "call_function" else None  # type: ignore[call-overload]
 
 
 def _other(user: fx.Node, node: fx.Node) -> fx.Node | None:

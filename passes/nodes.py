@@ -1,6 +1,7 @@
 """Small helpers on FX graphs at ATen level: constants, shapes, new nodes."""
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ def constant(gm: fx.GraphModule, node: object) -> Tensor | None:
 
 def key_of(value: Tensor) -> Key:
     """Identity of a tensor's storage and view: equal for tied weights."""
-    return value.data_ptr(), value.storage_offset(), tuple(value.shape), tuple(value.stride())
+    return value.data_ptr(), int(value.storage_offset()), tuple(value.shape), tuple(value.stride())
 
 
 def value_of(node: object) -> Tensor:
@@ -48,6 +49,13 @@ def value_of(node: object) -> Tensor:
         if isinstance(val, Tensor):
             return val
     raise PassError(f"node {node} has no known shape; capture the model again")
+
+
+def as_node(arg: object) -> fx.Node:
+    """An argument that must be a node."""
+    if isinstance(arg, fx.Node):
+        return arg
+    raise PassError(f"argument {arg!r} is no node of the graph")
 
 
 def shape_of(node: object) -> tuple[int, ...]:
@@ -75,11 +83,21 @@ def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
     return node
 
 
+def recompute(node: fx.Node) -> None:
+    """Work out the shape and strides of a call again from its arguments."""
+    if isinstance(node.target, str):
+        return
+    kwargs = {k: _meta(v) for k, v in node.kwargs.items()}
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("meta")
+    node.meta["val"] = node.target(*_meta(node.args), **kwargs)
+
+
 def _exists(gm: fx.GraphModule, target: str) -> bool:
     value: object = gm
     for part in target.split("."):
         if not isinstance(value, torch.nn.Module):
-            return True  # a tensor stands where a module would have to
+            raise PassError(f"cannot store {target!r}: a tensor has the name of its module")
         found = value._modules.get(part, value._parameters.get(part, value._buffers.get(part)))
         if found is None:
             return part in value.__dict__
@@ -122,8 +140,8 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 
 def path_of(gm: fx.GraphModule, node: fx.Node, weight: fx.Node) -> str:
     """The user's path of a layer: its weight's name without ``.weight``."""
-    name = str(weight.target)
-    return name.removesuffix(".weight") if name.endswith(".weight") else name
+    name = str(weight.meta.get("owner", weight.target))
+    return re.sub(r"\.weight(_\d+)?$", "", name)
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:

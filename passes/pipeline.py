@@ -17,6 +17,7 @@ from t3c.passes.place_sites import PlaceSites
 from t3c.passes.rewrite_conv import RewriteConv
 from t3c.passes.rewrite_linear import RewriteLinear
 from t3c.passes.sites import Choice, Makers
+from t3c.passes.spell_views import SpellViews
 
 
 def elastic_passes(make: Makers, choice: Choice) -> tuple[AbstractPass, ...]:
@@ -40,7 +41,8 @@ def lowering_passes() -> tuple[AbstractPass, ...]:
         PlaceSites(),  # 1 sites by name
         FuseEpilogue(),  # 2 what kernels do on the way
         FuseAttention(),
-        DeadCode(),
+        DeadCode(),  # 3 spelling that exporters know
+        SpellViews(),
     )
 
 

@@ -19,7 +19,16 @@ from t3c.passes.nodes import (
     shape_of,
     value_of,
 )
-from t3c.passes.sites import Choice, MakeConv, install, readers, refusal, site_names, unique
+from t3c.passes.sites import (
+    EVERYTHING,
+    Choice,
+    MakeConv,
+    install,
+    readers,
+    refusal,
+    site_names,
+    unique,
+)
 
 _PLAIN = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _NAMED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
@@ -69,7 +78,7 @@ class RewriteConv(AbstractPass):
 
     name: ClassVar[str] = "rewrite-conv"
     make: MakeConv
-    choice: Choice = Choice()
+    choice: Choice = EVERYTHING
 
     def run(self, gm: fx.GraphModule, log: Log) -> None:
         """Rewrite what can be; log all of them."""

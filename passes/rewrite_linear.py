@@ -20,7 +20,16 @@ from t3c.passes.nodes import (
     shape_of,
     value_of,
 )
-from t3c.passes.sites import Choice, MakeLinear, install, readers, refusal, site_names, unique
+from t3c.passes.sites import (
+    EVERYTHING,
+    Choice,
+    MakeLinear,
+    install,
+    readers,
+    refusal,
+    site_names,
+    unique,
+)
 
 _OTHERS = (aten.addmm.default, aten.bilinear.default)
 
@@ -39,7 +48,7 @@ class RewriteLinear(AbstractPass):
 
     name: ClassVar[str] = "rewrite-linear"
     make: MakeLinear
-    choice: Choice = Choice()
+    choice: Choice = EVERYTHING
 
     def run(self, gm: fx.GraphModule, log: Log) -> None:
         """Rewrite what can be; log all of them."""

@@ -47,6 +47,9 @@ class Choice:
         return None
 
 
+EVERYTHING = Choice()
+
+
 def readers(gm: fx.GraphModule) -> dict[Key, list[tuple[fx.Node, fx.Node]]]:
     """Storage of each constant -> every (get_attr node, user) that reads it."""
     found: dict[Key, list[tuple[fx.Node, fx.Node]]] = {}

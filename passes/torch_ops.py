@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("t3c", "DEF")
+LIBRARY: Any = torch.library.Library("t3c", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "site_linear(Tensor x, Tensor? residual, str site, str epilogue, int out_features) -> Tensor"
 )

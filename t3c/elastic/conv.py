@@ -60,7 +60,7 @@ class ElasticConv(ElasticLayer):
 
     def factorizer(self, kind: type[Format]) -> str:
         """By the format's kind."""
-        return {LowRank: "whitened-svd", Tucker2: "tucker2", CP: "cp"}[kind]  # type: ignore[index]
+        return {LowRank: "whitened-svd", Tucker2: "tucker2", CP: "cp"}[kind]
 
     def _cp_rank(self) -> int:
         """The largest CP rank worth fitting: above it the dense weight is smaller."""

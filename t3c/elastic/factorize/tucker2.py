@@ -1,5 +1,6 @@
 """Tucker-2: a convolution as 1x1, core, 1x1."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -81,7 +82,7 @@ class Tucker2Hosvd(AbstractFactorizer):
         """Rank r of r = rank_in = rank_out with r i + r^2 taps + r o = o i taps."""
         o, i, taps = shape[0], shape[1], shape[2] * shape[3]
         linear = float(o + i)
-        return (-linear + (linear * linear + 4.0 * taps * o * i * taps) ** 0.5) / (2 * taps)
+        return (math.sqrt(linear * linear + 4.0 * taps * o * i * taps) - linear) / (2 * taps)
 
 
 def _basis(w: Tensor, axis: int) -> Tensor:
