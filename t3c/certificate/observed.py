@@ -85,7 +85,7 @@ def _outputs(
     elastic: ElasticModel, formats: Mapping[str, Format] | None, batches: Sequence[Batch]
 ) -> list[list[Tensor]]:
     """Float outputs of every batch."""
-    with torch.inference_mode(), elastic.using(formats):
+    with torch.no_grad(), elastic.using(formats):
         return [_floats(elastic.graph(*batch)) for batch in batches]
 
 

@@ -106,7 +106,7 @@ def collect(
         progress("collecting statistics", done, len(batches))
         if done and deadline is not None and time.monotonic() > deadline:
             break
-        with torch.inference_mode(), elastic.using(None):
+        with torch.no_grad(), elastic.using(None):
             runner.run(*batch)
     progress("collecting statistics", len(batches), len(batches))
     for name, moment in runner.moments.items():

@@ -38,7 +38,7 @@ class Suffix:
     def load(self, batch: Sequence[Tensor]) -> None:
         """Run the original float model on one batch and keep every value."""
         runner = fx.Interpreter(self.graph, garbage_collect_values=False)
-        with torch.inference_mode(), self.elastic.using(None):
+        with torch.no_grad(), self.elastic.using(None):
             result = runner.run(*batch)
         self._values = runner.env
         self._original = list(floats(result))
@@ -51,7 +51,7 @@ class Suffix:
         """Relative squared error of the site's own outputs under the formats in force."""
         runner = self._runner()
         error = energy = 0.0
-        with torch.inference_mode():
+        with torch.no_grad():
             for node in self.calls[site]:
                 error += _squared(runner.run_node(node), self._values[node])
                 energy += float(self._values[node].double().square().sum())
@@ -61,7 +61,7 @@ class Suffix:
         """Squared error of the model's outputs when only `site` is in another format."""
         runner = self._runner()
         result = None
-        with torch.inference_mode():
+        with torch.no_grad():
             for node in self._after[site]:
                 result = runner.run_node(node)
                 runner.env[node] = result
