@@ -232,7 +232,7 @@ def polynomial(e: Emitter, x: str, coefficients: Sequence[float]) -> str:
 
 
 def exp(e: Emitter, x: str) -> str:
-    """exp(x) with relative error below 1e-6 for -87 <= x <= 88, clamped outside."""
+    """The exponential with relative error below 1e-6 for -87 <= x <= 88, clamped outside."""
     c = e.let("x", f"T.min(T.max({x}, {f32(-87.0)}), {f32(88.0)})")
     z = e.let("z", f"{c} * {f32(1.4426950408889634)} + {f32(ROUND)}")
     n = e.let("n", f"{bits(z)} - {i32(ROUND_BITS)}")
@@ -251,7 +251,7 @@ def logistic(e: Emitter, x: str, top: str) -> str:
 
 
 def tanh(e: Emitter, x: str) -> str:
-    """tanh(x), absolute error below 1e-6."""
+    """The hyperbolic tangent, absolute error below 1e-6."""
     c = e.let("x", f"T.min(T.max({x}, {f32(-TANH_LIMIT)}), {f32(TANH_LIMIT)})")
     d = e.let("d", f"{c} * {c}")
     p = polynomial(e, d, TANH_P)

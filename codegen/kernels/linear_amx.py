@@ -19,6 +19,7 @@ from t3c.codegen.kernels.emit import (
     lanes,
 )
 from t3c.codegen.kernels.family import AbstractLinearKernels, Kernel, Packed
+from t3c.codegen.kernels.linear_rows import RowKernels
 from t3c.codegen.kernels.linear_tiles import (
     DEPTH,
     PANEL,
@@ -33,7 +34,7 @@ from t3c.codegen.kernels.linear_tiles import (
     pack_panels,
     walk_blocks,
 )
-from t3c.codegen.kernels.linear_vnni import RowKernels
+from t3c.codegen.kernels.linear_vnni import VnniDot
 from t3c.core.codes import F32, Matrix
 
 LAYOUT = CodeLayout(tiled=True, sums=False)
@@ -130,8 +131,7 @@ class Product:
         panel: str,
         valid: list[int],
     ) -> None:
-        m, n, k = self.size
-        depth = ceil_div(k, DEPTH)
+        depth = ceil_div(self.size[2], DEPTH)
         two_rows, two_cols = height > 16, len(valid) > 1
         tile_row = f"{row} // 16"
         used = [0, *([1] if two_rows else []), *([2] if two_cols else [])]
@@ -205,7 +205,7 @@ class AmxLinear(AbstractLinearKernels):
 
     name: ClassVar[str] = "x86-amx"
     rank_step: ClassVar[int] = 32
-    _row: ClassVar[RowKernels] = RowKernels("x86_amx_row", offset=False)
+    _row: ClassVar[RowKernels] = RowKernels("x86_amx_row", VnniDot(offset=False))
 
     def quantize(self, m: int, k: int) -> Kernel:
         """Codes [m/16][k/64][16][64] int8, zero padded ([1][k padded to 64] for m = 1)."""

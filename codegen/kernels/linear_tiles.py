@@ -75,13 +75,18 @@ def pad_to(x: NDArray[np.generic], *multiples: int) -> NDArray[np.generic]:
     return np.pad(x, widths)
 
 
-def pack_panels(q: I8) -> NDArray[np.int8]:
-    """Codes [n, k] as [n/16][k/64][16][64]."""
+def pack_lines(q: I8, depth: int) -> NDArray[np.int8]:
+    """Codes [n, k] as [n/16][k/64][64/depth][16 * depth]: lines of 16 outputs x `depth` inputs."""
     w = pad_to(q, PANEL, DEPTH)
     n, k = w.shape
-    blocks = w.reshape(n // PANEL, PANEL, k // DEPTH, DEPTH // 4, 4)
-    packed = blocks.transpose(0, 2, 3, 1, 4).reshape(n // PANEL, k // DEPTH, PANEL, DEPTH)
-    return np.ascontiguousarray(packed).astype(np.int8)
+    blocks = w.reshape(n // PANEL, PANEL, k // DEPTH, DEPTH // depth, depth)
+    shape = (n // PANEL, k // DEPTH, DEPTH // depth, PANEL * depth)
+    return np.ascontiguousarray(blocks.transpose(0, 2, 3, 1, 4).reshape(shape)).astype(np.int8)
+
+
+def pack_panels(q: I8) -> NDArray[np.int8]:
+    """Codes [n, k] as [n/16][k/64][16][64]."""
+    return pack_lines(q, 4)
 
 
 def pack_depth_first(q: I8) -> NDArray[np.int8]:
@@ -102,10 +107,12 @@ class CodeLayout:
         tiled: [rows/16][k/64][16][64] (AMX) instead of [rows][k padded to 64].
         sums: The scales are followed by -128 * (sum of the row's codes), as exact float32 values:
             the correction of a product with weights that are stored plus 128.
+        dtype: Of the codes.
     """
 
     tiled: bool
     sums: bool
+    dtype: str = "int8"
 
     def shape(self, m: int, k: int) -> tuple[int, ...]:
         """Shape of the codes of [m, k]."""
@@ -209,11 +216,12 @@ def emit_quantize(
                     code = e.let("code", f"{bits(f'{cut} + {f32(ROUND)}')} - {i32(ROUND_BITS)}")
                     if layout.sums:
                         e(f"{total}[{lanes(0)}] = {total}[{lanes(0)}] + {code}")
-                    e(f'{layout.at(codes, row, block, u * LANES)} = T.cast({code}, "int8x16")')
+                    at = layout.at(codes, row, block, u * LANES)
+                    e(f'{at} = T.cast({code}, "{layout.dtype}x16")')
 
                 walk(write)
                 if rest:
-                    zero = f"T.broadcast(T.int8(0), {LANES})"
+                    zero = f"T.broadcast(T.{layout.dtype}(0), {LANES})"
                     for u in range(vectors + bool(short), groups):
                         e(f"{layout.at(codes, row, str(whole), u * LANES)} = {zero}")
                 if layout.sums:
@@ -306,6 +314,13 @@ class Blocks:
     row_tasks: int
     col_tasks: int
     threads: bool
+
+
+def even_rows(m: int, most: int) -> tuple[tuple[int, int], ...]:
+    """(height, count) of row blocks of at most `most` rows, as even as possible."""
+    count = ceil_div(m, most)
+    base, more = divmod(m, count)
+    return tuple(run for run in ((base + 1, more), (base, count - more)) if run[1])
 
 
 Body = Callable[[str, int, str, int], None]

@@ -1,0 +1,263 @@
+"""Int8 linear kernels over row-major activations and packed lines of weights.
+
+A line of weights holds 16 outputs x `depth` inputs, the operand of one or several dot-product
+instructions; a block of outputs keeps its accumulators in registers. What differs between
+processors is a `Dot`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from t3c.codegen.kernels.emit import (
+    LANES,
+    Emitter,
+    buffer,
+    ceil_div,
+    epilogue_steps,
+    kernel_name,
+    lanes,
+)
+from t3c.codegen.kernels.family import Kernel
+from t3c.codegen.kernels.linear_tiles import (
+    DEPTH,
+    PANEL,
+    CodeLayout,
+    Finish,
+    cut,
+    emit_quantize,
+    even_rows,
+    walk_blocks,
+)
+
+BYTES_US = 2e4
+"""Weight bytes read from memory in a microsecond on one thread."""
+WORTH_US = 100.0
+"""Work above which several threads help."""
+
+
+class Dot(ABC):
+    """One processor's way to multiply a line of weights by the inputs of a row."""
+
+    layout: ClassVar[CodeLayout]
+    depth: ClassVar[int]
+    """Inputs in a line."""
+    height: ClassVar[int]
+    """Most rows of a block."""
+    wide: ClassVar[int]
+    """Panels of a block."""
+    alone: ClassVar[int]
+    """Panels of a block of one row: enough accumulators to hide the instruction's latency."""
+    part: ClassVar[int]
+    """Int32 lanes of an accumulator register."""
+    macs_us: ClassVar[float]
+    """Multiply-adds in a microsecond on one thread."""
+    quantized_us: ClassVar[float]
+    """Elements quantized in a microsecond on one thread."""
+
+    @abstractmethod
+    def weight(self, line: str) -> str:
+        """What is multiplied, of `part` outputs x `depth` bytes `line`."""
+
+    @abstractmethod
+    def inputs(self, codes: str) -> str:
+        """`depth` codes, repeated for each of the `part` outputs."""
+
+    @abstractmethod
+    def add(self, acc: str, weight: str, inputs: str) -> str:
+        """The accumulators plus their products."""
+
+    def lines(self) -> int:
+        """Lines in a depth block of 64 inputs."""
+        return DEPTH // self.depth
+
+    def line_bytes(self) -> int:
+        """Bytes of a line."""
+        return PANEL * self.depth
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product over row-major activations and packed weights.
+
+    Attributes:
+        codes: Activations, [m][k padded to 64].
+        weights: Weight buffer.
+        depth_first: The weights are [k/64][n/16][16][64].
+        dot: The multiplication.
+        size: (m, n, k).
+        finish: What becomes of the accumulators.
+    """
+
+    codes: str
+    weights: str
+    depth_first: bool
+    dot: Dot
+    size: tuple[int, int, int]
+    finish: Finish
+
+    def emit(self, e: Emitter) -> None:
+        """Emit the whole product."""
+        m, n, k = self.size
+        dot = self.dot
+        threads = m * n * k / dot.macs_us > WORTH_US or n * k / BYTES_US > WORTH_US
+        panels = ceil_div(n, PANEL)
+        width = min(dot.alone if m == 1 else dot.wide, panels)
+        rest = {"": ""}
+
+        def prepare() -> None:
+            rest[""] = e.alloc("rest", (LANES,), "int32" if self.finish.raw else "float32")
+
+        def body(row: str, height: int, panel: str, count: int) -> None:
+            self._block(e, rest[""], row, height, panel, [PANEL] * count)
+
+        def last(row: str, height: int, panel: str, count: int) -> None:
+            valid = [self.finish.valid(int(panel) + i) for i in range(count)]
+            self._block(e, rest[""], row, height, panel, valid)
+
+        blocks = cut(even_rows(m, dot.height), panels, width, k, threads)
+        walk_blocks(e, blocks, prepare, body, last if n % (width * PANEL) else None)
+
+    def _block(
+        self, e: Emitter, rest: str, row: str, height: int, panel: str, valid: list[int]
+    ) -> None:
+        dot = self.dot
+        parts = len(valid) * LANES // dot.part
+        accs = []
+        for i in range(height):
+            start = "T.int32(0)"
+            if dot.layout.sums:
+                excess = f"{self.finish.scales}[{row} + {i} + {self.size[0]}]"
+                start = e.let("start", f'T.cast({excess}, "int32")')
+            names = [e.alloc("acc", (dot.part,), "int32") for _ in range(parts)]
+            for name in names:
+                e(f"{name}[{lanes(0, dot.part)}] = T.broadcast({start}, {dot.part})")
+            accs.append(names)
+        count = ceil_div(self.size[2], dot.depth)
+        whole, short = divmod(count, dot.lines())
+        if whole:
+            with e.loop("k", whole) as kb, e.loop("line", dot.lines()) as line:
+                self._line(e, accs, row, panel, kb, line)
+        if short:
+            with e.loop("line", short) as line:
+                self._line(e, accs, row, panel, str(whole), line)
+        hoisted = [self.finish.hoist(e, f"{panel} + {j}") for j in range(len(valid))]
+        each = LANES // dot.part
+        for i, names in enumerate(accs):
+            for j, some in enumerate(valid):
+                value = f"{names[j]}[{lanes(0)}]"
+                if each > 1:
+                    whole_vector = e.alloc("sum", (LANES,), "int32")
+                    for p in range(each):
+                        at = lanes(p * dot.part, dot.part)
+                        part = names[j * each + p]
+                        e(f"{whole_vector}[{at}] = {part}[{lanes(0, dot.part)}]")
+                    value = f"{whole_vector}[{lanes(0)}]"
+                self.finish.write(
+                    e, rest, value, f"{row} + {i}", f"{panel} + {j}", hoisted[j], some
+                )
+
+    def _line(
+        self, e: Emitter, accs: list[list[str]], row: str, panel: str, kb: str, line: str
+    ) -> None:
+        """One line of every panel times its inputs of every row."""
+        dot = self.dot
+        weights = []
+        each = LANES // dot.part
+        size = dot.part * dot.depth
+        for j in range(len(accs[0])):
+            at = f"{panel} + {j // each}"
+            where = f"{kb}, {at}" if self.depth_first else f"{at}, {kb}"
+            part = lanes(j % each * size, size)
+            weights.append(e.let("w", dot.weight(f"{self.weights}[{where}, {line}, {part}]")))
+        for i, names in enumerate(accs):
+            at = lanes(f"{kb} * {DEPTH} + {line} * {dot.depth}", dot.depth)
+            x = e.let("x", dot.inputs(f"{self.codes}[{row} + {i}, {at}]"))
+            for name, w in zip(names, weights, strict=True):
+                acc = f"{name}[{lanes(0, dot.part)}]"
+                e(f"{acc} = {dot.add(acc, w, x)}")
+
+
+@dataclass(frozen=True, slots=True)
+class RowKernels:
+    """Kernels over row-major activations.
+
+    Attributes:
+        prefix: Begins every kernel's name.
+        dot: The multiplication.
+    """
+
+    prefix: str
+    dot: Dot
+
+    def quantize(self, m: int, k: int) -> Kernel:
+        """Codes [m][k padded to 64]; scales and, where the dot needs it, the excess of each row."""
+        e = Emitter()
+        threads = m * k / self.dot.quantized_us > WORTH_US
+        emit_quantize(e, self.dot.layout, "x", "codes", "scales", (m, k), threads=threads)
+        name = kernel_name("linear", self.prefix, "quantize", f"m{m}", f"k{k}")
+        codes, scales = self.dot.layout.shape(m, k), (self.dot.layout.scales(m),)
+        params = [
+            buffer("x", (m, k), "float32"),
+            buffer("codes", codes, self.dot.layout.dtype),
+            buffer("scales", scales, "float32"),
+        ]
+        return Kernel(
+            name, e.function(name, params), ((codes, self.dot.layout.dtype), (scales, "float32"))
+        )
+
+    def dense(self, m: int, n: int, k: int, epilogue: str, *, raw: bool) -> Kernel:
+        """See `AbstractLinearKernels.dense`."""
+        steps = epilogue_steps("" if raw else epilogue)
+        e = Emitter()
+        finish = Finish("y", n, "scales", "scale", "bias", steps, raw)
+        Product("codes", "weight", False, self.dot, (m, n, k), finish).emit(e)
+        name = kernel_name(
+            "linear", self.prefix, "dense", f"m{m}", f"n{n}", f"k{k}", "raw" if raw else epilogue
+        )
+        padded, line = ceil_div(n, PANEL), (self.dot.lines(), self.dot.line_bytes())
+        params = [
+            buffer("codes", self.dot.layout.shape(m, k), self.dot.layout.dtype),
+            buffer("scales", (self.dot.layout.scales(m),), "float32"),
+            buffer("weight", (padded, ceil_div(k, DEPTH), *line), "int8"),
+            buffer("scale", (padded * PANEL,), "float32"),
+            buffer("bias", (padded * PANEL,), "float32"),
+        ]
+        if "add" in steps:
+            params.append(buffer("residual", (m, n), "float32"))
+        dtype = "int32" if raw else "float32"
+        params.append(buffer("y", (m, n), dtype))
+        return Kernel(name, e.function(name, params), (((m, n), dtype),))
+
+    def low_rank(self, m: int, n: int, k: int, rank: int, rank_max: int, epilogue: str) -> Kernel:
+        """See `AbstractLinearKernels.low_rank`."""
+        steps = epilogue_steps(epilogue)
+        e = Emitter()
+        middle = e.alloc("middle", (m, rank), "float32")
+        codes = e.alloc("codes", self.dot.layout.shape(m, rank), self.dot.layout.dtype)
+        scales = e.alloc("scales", (self.dot.layout.scales(m),), "float32")
+        thin = Finish(middle, rank, "scales", "low_scale", None)
+        Product("codes", "low", False, self.dot, (m, rank, k), thin).emit(e)
+        threads = m * rank / self.dot.quantized_us > WORTH_US
+        emit_quantize(e, self.dot.layout, middle, codes, scales, (m, rank), threads=threads)
+        wide = Finish("y", n, scales, "high_scale", "bias", steps)
+        Product(codes, "high", True, self.dot, (m, n, rank), wide).emit(e)
+        ranks = f"r{rank}of{rank_max}"
+        name = kernel_name(
+            "linear", self.prefix, "low_rank", f"m{m}", f"n{n}", f"k{k}", ranks, epilogue
+        )
+        padded, padded_rank = ceil_div(n, PANEL), ceil_div(rank_max, PANEL)
+        line = (self.dot.lines(), self.dot.line_bytes())
+        params = [
+            buffer("codes", self.dot.layout.shape(m, k), self.dot.layout.dtype),
+            buffer("scales", (self.dot.layout.scales(m),), "float32"),
+            buffer("low", (padded_rank, ceil_div(k, DEPTH), *line), "int8"),
+            buffer("low_scale", (padded_rank * PANEL,), "float32"),
+            buffer("high", (ceil_div(rank_max, DEPTH), padded, *line), "int8"),
+            buffer("high_scale", (padded * PANEL,), "float32"),
+            buffer("bias", (padded * PANEL,), "float32"),
+        ]
+        if "add" in steps:
+            params.append(buffer("residual", (m, n), "float32"))
+        params.append(buffer("y", (m, n), "float32"))
+        return Kernel(name, e.function(name, params), (((m, n), "float32"),))
