@@ -1,7 +1,7 @@
 """One look at calibration data: second moments at every site, then factors that fit the data."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -74,7 +74,15 @@ def calibrate(
     Raises:
         T3CError: No batches, or values that are not finite.
     """
-    moments = collect(elastic, batches, seconds=seconds, progress=progress)
+    return factorize(
+        elastic, collect(elastic, batches, seconds=seconds, progress=progress), progress
+    )
+
+
+def factorize(
+    elastic: ElasticModel, moments: Mapping[str, Moment], progress: Progress = silent
+) -> tuple[str, ...]:
+    """Replace the plain factors of every site that has a moment; names of the other sites."""
     for done, (name, moment) in enumerate(moments.items()):
         progress("factorizing", done, len(moments))
         layer = elastic.layers[name]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from t3c.controller import chain as search
-from t3c.controller.calibrate import calibrate, kind_of
+from t3c.controller.calibrate import collect, factorize, kind_of
 from t3c.controller.damage import DamageTable, Menu, measure
 from t3c.controller.options import SHARES, GateDecision, gate
 from t3c.controller.progress import Progress, silent
@@ -80,14 +80,21 @@ def plan(
     progress = silent if progress is None else progress
     start = time.monotonic()
     limit = SECONDS if seconds is None else seconds
-    plain = calibrate(elastic, batches, seconds=limit / 4, progress=progress)
+    # Factors fit the data that they are made from better than other data: damage is measured on
+    # batches that they have not seen, then the factors are made again from all of them.
+    fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
+    seen = collect(elastic, fit, seconds=limit / 8, progress=progress)
+    plain = factorize(elastic, seen, progress)
     predict = cost_model(spec) if model is None else model
     decisions = menu_of(elastic, spec, predict, profiles, threads)
     menu: Menu = {
         name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
     }
     left = limit - (time.monotonic() - start)
-    table = measure(elastic, batches, menu, seconds=max(left, limit / 2), progress=progress)
+    table = measure(elastic, held, menu, seconds=max(left, limit / 2), progress=progress)
+    if held is not fit:
+        unseen = collect(elastic, held, seconds=limit / 8, progress=progress)
+        factorize(elastic, {name: seen[name] + unseen[name] for name in seen}, progress)
     options = {
         name: [
             search.Option(d.format, d.seconds, table.entries[name][d.format].damage)
@@ -101,6 +108,11 @@ def plan(
         path = search.fine_path(options)
     plans = search.cut(path, profiles)
     notes = []
+    if held is fit:
+        notes.append(
+            "one calibration batch: drift is predicted on the data that the factors were made "
+            "from and will be higher on other data; pass more batches"
+        )
     if len(plans) < profiles:
         notes.append(
             f"{len(plans)} of {profiles} profiles: on {spec.name!r} only {len(path)} different "

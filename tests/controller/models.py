@@ -36,7 +36,8 @@ def decaying(out: int, fan_in: int, decay: float = 0.9) -> Tensor:
     side = min(out, fan_in)
     u, _ = torch.linalg.qr(torch.randn(out, side))
     v, _ = torch.linalg.qr(torch.randn(fan_in, side))
-    return u @ torch.diag(decay ** torch.arange(side)) @ v.T
+    weight: Tensor = u @ torch.diag(decay ** torch.arange(float(side))) @ v.T
+    return weight
 
 
 def linear(name: str, n: int, k: int, rows: int) -> ElasticLinear:
@@ -104,8 +105,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, linear(name, width, width, 12))
+        self.q, self.k, self.v, self.o = (linear(name, width, width, 12) for name in "qkvo")
         self.up = linear("up", 2 * width, width, 12)
         self.down = linear("down", width, 2 * width, 12)
 

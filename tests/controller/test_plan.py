@@ -17,6 +17,7 @@ from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.profile import Label
 from t3c.core.sites import LinearSite
 from t3c.cost_models.base import Work
+from t3c.elastic.conv import ElasticConv
 from t3c.elastic.model import ElasticModel
 from t3c.targets import get
 from t3c.targets.base import Roofline
@@ -66,7 +67,7 @@ def test_the_sum_of_damages_predicts_whole_plans(planned: tuple[ElasticModel, Pl
     model, found = planned
     small = next(iter(found.chain))
     off, energy = 0.0, 0.0
-    for batch in more(model, 3):
+    for batch in more(model, 4, 5):
         with torch.inference_mode(), model.using(None):
             before = list(floats(model(*batch)))
         with torch.inference_mode(), model.using(small.formats):
@@ -79,7 +80,7 @@ def test_the_sum_of_damages_predicts_whole_plans(planned: tuple[ElasticModel, Pl
 def test_everything_is_measured_without_a_time_limit(planned: tuple[ElasticModel, Plan]) -> None:
     _, found = planned
     assert found.table.count(Label.ESTIMATED) == 0
-    assert {e.batches for row in found.table.entries.values() for e in row.values()} == {3}
+    assert {e.batches for row in found.table.entries.values() for e in row.values()} == {1}
 
 
 def test_budgets_select_from_the_chain(planned: tuple[ElasticModel, Plan]) -> None:
@@ -103,7 +104,7 @@ def test_a_model_without_smaller_formats_gets_one_profile_and_a_note() -> None:
     found = plan(model, [model.example_inputs], VNNI, seconds=1)
     (only,) = found.chain
     assert only.name == "max"
-    assert "1 of 8 profiles: on 'x86-vnni' only 1 different choices" in found.notes[0]
+    assert "1 of 8 profiles: on 'x86-vnni' only 1 different choices" in found.notes[-1]
 
 
 def test_no_format_slower_than_dense_is_on_the_menu() -> None:
@@ -118,9 +119,33 @@ def test_no_format_slower_than_dense_is_on_the_menu() -> None:
 @pytest.mark.parametrize("profiles", [1, 2, 5])
 def test_as_many_profiles_as_wanted(profiles: int) -> None:
     model = mlp()
-    found = plan(model, [model.example_inputs], STEEP, profiles=profiles, seconds=0.5)
+    found = plan(model, more(model, 2), STEEP, profiles=profiles, seconds=0.5)
     assert [p.name for p in found.chain] == profile_names(profiles)
     assert not found.notes
+
+
+def test_one_batch_is_enough_but_noted() -> None:
+    model = mlp()
+    found = plan(model, [model.example_inputs], STEEP, seconds=1)
+    assert "one calibration batch" in found.notes[0]
+    assert not plan(model, more(model, 2), STEEP, seconds=1).notes
+
+
+def test_damage_is_measured_on_batches_that_the_factors_have_not_seen() -> None:
+    torch.manual_seed(4)
+    model = elastic(Mlp(64, 2, 10), torch.randn(1, 64))
+    few = [(torch.randn(1, 64),) for _ in range(8)]  # far too little data: factors fit it exactly
+    fresh = [(torch.randn(1, 64),) for _ in range(40)]
+    found = plan(model, few, STEEP, seconds=math.inf)
+    small = next(iter(found.chain))
+    off = energy = 0.0
+    for batch in fresh:
+        with torch.no_grad(), model.using(None):
+            (before,) = model(*batch)
+        with torch.no_grad(), model.using(small.formats):
+            off += float((model(*batch)[0] - before).square().sum())
+        energy += float(before.square().sum())
+    assert found.drift["tiny"] > 0.5 * math.sqrt(off / energy)
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -217,7 +242,9 @@ def test_cp_convolutions_plan_cp_formats() -> None:
     assert kind_of(layer) is CP
     assert kind_of(model.layers["mid"]) is Tucker2
     assert kind_of(model.layers["head"]) is LowRank
-    model.layers["mid"].kxk = "cp"  # type: ignore[attr-defined]
+    swapped = model.layers["mid"]
+    assert isinstance(swapped, ElasticConv)
+    swapped.kxk = "cp"
     found = plan(model, [model.example_inputs], STEEP, seconds=1)
     kinds = {type(d.format) for d in found.gate if d.site == "mid"}
     assert kinds == {Dense, CP}
