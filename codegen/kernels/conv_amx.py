@@ -209,9 +209,14 @@ class _Product:
             source = e.let("from", f"{base} + v * {LANES}")
             if blocks:
                 with e.loop("k", blocks) as k:
-                    self._copy_rows(source, f"{k} * {ROWS}", ROWS, ROWS, scratch, (
-                        f"{to} + {k} * {layout.taps * TILE_WORDS}"
-                    ))
+                    self._copy_rows(
+                        source,
+                        f"{k} * {ROWS}",
+                        ROWS,
+                        ROWS,
+                        scratch,
+                        (f"{to} + {k} * {layout.taps * TILE_WORDS}"),
+                    )
             if rest:
                 first = blocks * layout.taps * TILE_WORDS
                 pitch = ROWS if blocks < self.whole else self.rest
@@ -236,7 +241,9 @@ class _Product:
                     value = f"codes[{lanes(f'{at} + {r} * {layout.quad_words}')}]"
                     e(f"{scratch}[{lanes(f'{row} + {r} * 16')}] = {value}")
 
-    def _panel(self, b: str, n: str, g: str, local: str, scratch: str, out: str, whole: int) -> None:
+    def _panel(
+        self, b: str, n: str, g: str, local: str, scratch: str, out: str, whole: int
+    ) -> None:
         """One panel of one or two pixel vectors by one or two tiles of channels."""
         e, layout = self.e, self.layout
         rest = layout.vectors - 2 * whole
@@ -307,12 +314,12 @@ class _Product:
                 products(k, at, 64)
         else:
             with e.loop("k", layout.quads // ROWS) as k:
+                base = f"{b} * {layout.image_words} + {k} * {ROWS * layout.quad_words} + {p}"
                 for taps in layout.classes:
-                    with e.loop("i", taps.count[0]) as i, e.loop("j", taps.count[1]) as j:
-                        at = f"{b} * {layout.image_words} + {k} * {ROWS * layout.quad_words} + {p}"
-                        at += f" + {taps.start} + {i} * {taps.step[0]} + {j} * {taps.step[1]}"
-                        word = e.let("at", at)
-                        tap = f"({taps.first} + {i} * {taps.count[1]} + {j})"
+                    with e.loop("i", taps.count[0]) as ki, e.loop("j", taps.count[1]) as kj:
+                        shift = f"{taps.start} + {ki} * {taps.step[0]} + {kj} * {taps.step[1]}"
+                        word = e.let("at", f"{base} + {shift}")
+                        tap = f"({taps.first} + {ki} * {taps.count[1]} + {kj})"
                         tile = f"({k} * {layout.taps} + {tap})"
                         pixels = [f"codes[{word} + {LANES * v}]" for v in range(count)]
                         products(tile, pixels, layout.quad_words * 4)

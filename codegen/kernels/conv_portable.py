@@ -209,15 +209,13 @@ class _Product:
                 row = f"({b} * {height} + {pixel} // {ow} * {s.stride[0]})"
                 column = f"{pixel} % {ow} * {s.stride[1]}"
                 bases.append(e.let("base", f"({row} * {width} + {column}) * {channels}"))
-            acc = [
-                [e.alloc("acc", (1,), "int32") for _ in range(PIXEL_BLOCK)] for _ in range(rows)
-            ]
-            for row in acc:
-                for one in row:
+            acc = [[e.alloc("acc", (1,), "int32") for _ in range(PIXEL_BLOCK)] for _ in range(rows)]
+            for line in acc:
+                for one in line:
                     e(f"{one}[0] = 0")
             self._products(first, bases, acc)
-            for u, row in enumerate(acc):
-                for v, one in enumerate(row):
+            for u, line in enumerate(acc):
+                for v, one in enumerate(line):
                     e(f"{sums}[{u * LANES + v} + {g} * {PIXEL_BLOCK}] = {one}[0]")
         for u in range(rows):
             channel = f"{first} + {u}"

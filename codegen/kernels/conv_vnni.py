@@ -244,9 +244,9 @@ class _Product:
                     self._multiply(f"{word} + offset[{t}]", f"{tap} + {t}", acc)
             else:
                 (taps,) = layout.classes
-                with e.loop("i", taps.count[0]) as i, e.loop("j", taps.count[1]) as j:
-                    at = f"{word} + {taps.start} + {i} * {taps.step[0]} + {j} * {taps.step[1]}"
-                    self._multiply(at, f"{tap} + {i} * {taps.count[1]} + {j}", acc)
+                with e.loop("i", taps.count[0]) as ki, e.loop("j", taps.count[1]) as kj:
+                    at = f"{word} + {taps.start} + {ki} * {taps.step[0]} + {kj} * {taps.step[1]}"
+                    self._multiply(at, f"{tap} + {ki} * {taps.count[1]} + {kj}", acc)
         if set(self.steps) <= {"relu", "add"}:
             for i, row in enumerate(acc):
                 values = [f"{name}[{lanes(0)}]" for name in row]
@@ -257,10 +257,10 @@ class _Product:
         for i, row in enumerate(acc):
             for j, name in enumerate(row):
                 e(f"{staged}[{lanes((i * count + j) * LANES)}] = {name}[{lanes(0)}]")
-        with e.loop("i", rows) as i:
-            at = [lanes(f"({i} * {count} + {j}) * {LANES}") for j in range(count)]
-            values = [f"{staged}[{index}]" for index in at]
-            self._finish(b, f"{n} * {self.block.rows} + {i}", panel, values)
+        with e.loop("i", rows) as r:
+            indices = [lanes(f"({r} * {count} + {j}) * {LANES}") for j in range(count)]
+            values = [f"{staged}[{index}]" for index in indices]
+            self._finish(b, f"{n} * {self.block.rows} + {r}", panel, values)
 
     def _finish(self, b: str, channel: str, panel: Panel, values: list[str]) -> None:
         """Dequantize and store the accumulators of one channel."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from t3c.codegen.kernels.conv_layout import Layout
-from t3c.codegen.kernels.emit import (LANES, Emitter, activate, buffer, ceil_div, i32, lanes, splat)
+from t3c.codegen.kernels.emit import LANES, Emitter, activate, buffer, ceil_div, i32, lanes, splat
 from t3c.codegen.kernels.family import ConvShape, Kernel
 
 PARALLEL_ELEMENTS = 1 << 17
@@ -134,12 +134,13 @@ class _Quantizer:
         """Four channels by sixteen pixels at a time, straight from the image."""
         e, layout, s = self.e, self.layout, self.layout.shape
         whole, rest = divmod(s.in_channels, 4)
-        for first, count, live in ((0, whole, 4), (whole, 1, rest)):
+        for first, count, live in ((whole, 1, rest), (0, whole, 4)):
             if not (count and live):
                 continue
             with e.parallel("t", s.batch * count, self.threads and count > 1) as t:
                 b = e.let("b", f"{t} // {count}")
-                q = e.let("q", f"{first} + {t} % {count}")
+                # backwards: the end of the image is still in cache from the first pass
+                q = e.let("q", f"{first + count - 1} - {t} % {count}")
                 inverse = e.let("inv", splat(f"{self.inverse}[{b}]"))
                 to = e.let("to", f"{b} * {layout.image_words} + {q} * {layout.quad_words}")
                 if layout.padded:

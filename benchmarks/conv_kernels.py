@@ -1,0 +1,277 @@
+"""Convolution kernels against OpenVINO int8, ONNX Runtime int8 and torch fp32, one thread.
+
+Each unit is a piece of ResNet-50 that keeps its shape, chained with distinct weights so that data
+flows; the time of a unit is the slope between two chain lengths, which removes everybody's float
+input and output. Ours includes the quantization of every input. Calls are interleaved.
+
+    python benchmarks/conv_kernels.py [--rounds 30] [--family x86-vnni]
+
+writes conv_kernels.json beside this file.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = os.environ["TVM_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+import tvm
+from torch import nn
+
+from t3c.codegen.kernels.conv_amx import AmxConv
+from t3c.codegen.kernels.conv_portable import PortableConv
+from t3c.codegen.kernels.conv_vnni import VnniConv
+from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape
+from t3c.core.codes import quantize_weight
+
+Layer = tuple[int, int, int]
+"""(input channels, output channels, kernel side)."""
+Call = Callable[[], object]
+UNITS: dict[str, tuple[int, tuple[Layer, ...]]] = {
+    "1x1 64-256-64 @56": (56, ((64, 256, 1), (256, 64, 1))),
+    "3x3 64 @56": (56, ((64, 64, 3),)),
+    "1x1 128-512-128 @28": (28, ((128, 512, 1), (512, 128, 1))),
+    "3x3 128 @28": (28, ((128, 128, 3),)),
+    "1x1 256-1024-256 @14": (14, ((256, 1024, 1), (1024, 256, 1))),
+    "3x3 256 @14": (14, ((256, 256, 3),)),
+    "1x1 512-2048-512 @7": (7, ((512, 2048, 1), (2048, 512, 1))),
+    "3x3 512 @7": (7, ((512, 512, 3),)),
+    "Tucker-2 of 3x3 256 @14, r=64": (14, ((256, 64, 1), (64, 64, 3), (64, 256, 1))),
+}
+LENGTHS = (2, 6)
+PICKS = (("cpu_median_us", 0, 50), ("cpu_quiet_us", 0, 10), ("wall_quiet_us", 1, 10))
+"""(name, processor or wall time, percentile)."""
+FAMILIES: dict[str, tuple[AbstractConvKernels, str]] = {
+    "x86-vnni": (VnniConv(), "icelake-server"),
+    "x86-amx": (AmxConv(), "sapphirerapids"),
+    "portable": (PortableConv(), "x86-64-v3"),
+}
+
+
+class Chain(nn.Module):
+    """Convolutions with ReLU, one after another."""
+
+    def __init__(self, layers: tuple[Layer, ...]) -> None:
+        """Random weights."""
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run every layer."""
+        for conv in self.convs:
+            x = torch.relu(conv(x))
+        return x
+
+
+def ours(model: Chain, x: np.ndarray[Any, Any], name: str) -> Call:
+    """The chain on our kernels, called one by one."""
+    family, mcpu = FAMILIES[name]
+    functions: dict[str, Any] = {}
+    calls: list[tuple[str, list[Any]]] = []
+    pool: dict[Any, Any] = {}  # two buffers of each shape take turns, as memory planning does
+    value = tvm.runtime.tensor(x)
+    for conv in model.convs:
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        side = conv.kernel_size[0]
+        pad = side // 2
+        size = (x.shape[2], x.shape[3])
+        pair = (conv.in_channels, conv.out_channels)
+        shape = ConvShape(1, *pair, size, (side, side), (1, 1), (pad, pad), (1, 1))
+        first, second = family.quantize(shape), family.conv(shape, epilogue="relu")
+        w = quantize_weight(conv.weight.detach().numpy())
+        packed = family.pack(w, conv.bias.detach().numpy(), shape).values()
+        made = [
+            [
+                pool.setdefault((size, kind, len(calls) // 2 % 2), _zeros(size, kind))
+                for size, kind in kernel.outs
+            ]
+            for kernel in (first, second)
+        ]
+        for kernel in (first, second):
+            functions[kernel.name] = tvm.script.from_source(kernel.source)
+        calls.append((first.name, [value, *made[0]]))
+        calls.append((second.name, [*made[0], *map(tvm.runtime.tensor, packed), *made[1]]))
+        value = made[1][0]
+    target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
+    module = tvm.compile(tvm.IRModule(functions), target=target)
+    steps = [(module[name], arguments) for name, arguments in calls]
+
+    def run() -> None:
+        for function, arguments in steps:
+            function(*arguments)
+
+    run()
+    with torch.inference_mode():
+        want = model(torch.from_numpy(x)).numpy()
+    error = float(np.abs(value.numpy() - want).max() / np.abs(want).max())
+    if not error < 0.1:
+        raise RuntimeError(f"our chain is wrong: relative error {error:.3f}, allowed 0.1")
+    return run
+
+
+def peers(model: Chain, x: np.ndarray[Any, Any], folder: Path) -> dict[str, Call]:
+    """The chain on torch fp32, ONNX Runtime int8 and OpenVINO int8."""
+    import nncf
+    import onnxruntime as ort
+    import openvino as ov
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    nncf.set_log_level(logging.ERROR)
+    tensor = torch.from_numpy(x)
+
+    def torch_run() -> None:
+        with torch.inference_mode():
+            model(tensor)
+
+    plain, coded = str(folder / "plain.onnx"), str(folder / "int8.onnx")
+    torch.onnx.export(model, (tensor,), plain, input_names=["x"], output_names=["y"], dynamo=False)
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # no stubs
+        """Two copies of the input."""
+
+        def __init__(self) -> None:
+            self.left = iter([{"x": x}] * 2)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.left, None)
+
+    quantize_static(
+        plain,
+        coded,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(coded, options, providers=["CPUExecutionProvider"])
+    core = ov.Core()
+    quantized = nncf.quantize(
+        core.read_model(plain), nncf.Dataset([x] * 2, lambda a: a), subset_size=2
+    )
+    settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    request = core.compile_model(quantized, "CPU", settings).create_infer_request()
+    request.set_input_tensor(ov.Tensor(np.ascontiguousarray(x)))
+    return {
+        "torch fp32": torch_run,
+        "ORT int8": lambda: session.run(None, {"x": x}),
+        "OpenVINO int8": request.infer,
+    }
+
+
+def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """(processor, wall) microseconds of each call, `rounds` times, interleaved.
+
+    Every call runs once before the timed one, as in a loop of its own. Processor time is that of
+    the whole process, so that a peer's worker thread counts and other programs do not.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            begin, busy = time.perf_counter(), time.process_time()
+            call()
+            busy, wall = time.process_time() - busy, time.perf_counter() - begin
+            found[name].append((busy * 1e6, wall * 1e6))
+    return found
+
+
+def main() -> None:
+    """Measure every unit, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--family", choices=FAMILIES, default="x86-vnni")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    me = f"T3C {options.family}"
+    rows = []
+    for unit, (side, layers) in UNITS.items():
+        calls: dict[str, Call] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for length in LENGTHS:
+                model = Chain(layers * length).eval()
+                x = torch.rand(1, layers[0][0], side, side).numpy()
+                calls[f"{me}@{length}"] = ours(model, x, options.family)
+                for name, call in peers(model, x, Path(folder)).items():
+                    calls[f"{name}@{length}"] = call
+        times = measure(calls, options.rounds)
+        row: dict[str, Any] = {"unit": unit}
+        short, long = LENGTHS
+        for name in (me, "OpenVINO int8", "ORT int8", "torch fp32"):
+            for label, kind, pick in PICKS:
+                ends = []
+                for length in LENGTHS:
+                    column = [pair[kind] for pair in times[f"{name}@{length}"]]
+                    ends.append(float(np.percentile(column, pick)))
+                slope = (ends[1] - ends[0]) / (long - short)
+                row.setdefault(label, {})[name] = round(slope, 1)
+        rows.append(row)
+        cells = [
+            f"{name} " + ", ".join(f"{row[label][name]:.0f}" for label, _, _ in PICKS)
+            for name in (me, "OpenVINO int8", "ORT int8", "torch fp32")
+        ]
+        print(f"{unit:32s} " + " | ".join(cells), flush=True)
+    model_name = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "unknown",
+    )
+    flags = Path("/proc/cpuinfo").read_text()
+    report = {
+        "schema": 1,
+        "what": "microseconds a unit: slope between chains of "
+        f"{LENGTHS[0]} and {LENGTHS[1]} units, distinct weights, interleaved calls; "
+        "cpu: processor time of the process, wall: clock",
+        "machine": model_name,
+        "amx": "amx_int8" in flags,
+        "avx512_vnni": "avx512_vnni" in flags,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "threads": 1,
+        "rounds": options.rounds,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python benchmarks/conv_kernels.py " + " ".join(sys.argv[1:]),
+        "versions": {name: _version(name) for name in ("torch", "onnxruntime", "openvino")},
+        "rows": rows,
+    }
+    path = Path(__file__).with_suffix(".json")
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _zeros(size: tuple[int, ...], kind: str) -> Any:
+    return tvm.runtime.tensor(np.zeros(size, kind))
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+if __name__ == "__main__":
+    main()
