@@ -30,7 +30,7 @@ class BuiltProfile:
     """One function of the library.
 
     Attributes:
-        function: Its name in the library.
+        function: Its name in the library; ``probe_...`` is the same with taps.
         weights: Names of the tensors that it takes, in order.
         storage_bytes: Bytes of a weight file that served this profile alone, counted.
         activation_bytes: Bytes of the planned activation memory of one call.
@@ -51,12 +51,14 @@ class Built:
         tensors: Tensor name -> array: the weight file.
         executable: TVM's executable; `save` links it.
         spec: The target.
+        taps: Site of each input that a probe function returns behind its outputs.
     """
 
     profiles: Mapping[str, BuiltProfile]
     tensors: Mapping[str, NDArray[np.generic]]
     executable: Any
     spec: TargetSpec
+    taps: tuple[str, ...]
 
     def save(self, path: Path) -> None:
         """Link the shared library."""
@@ -100,6 +102,7 @@ def build(
     for i, (name, formats) in enumerate(profiles.items()):
         say(f"profile {name}", 2 + i, steps)
         weights[name] = writer.add(f"profile_{name}", formats)
+        writer.add(f"probe_{name}", formats, probe=True)
     say("generate machine code", 2 + len(profiles), steps)
     planned: dict[str, int] = {}
     try:
@@ -118,7 +121,8 @@ def build(
         )
         for name, formats in profiles.items()
     }
-    return Built(built, store.tensors, executable, spec)
+    taps = tuple(call.site for call in skeleton.site_calls())
+    return Built(built, store.tensors, executable, spec, taps)
 
 
 def tvm_target(spec: TargetSpec) -> Any:

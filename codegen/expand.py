@@ -40,42 +40,48 @@ class ProfileBuilder:
         del module["main"]
         return module
 
-    def add(self, name: str, formats: Mapping[str, Format]) -> tuple[str, ...]:
+    def add(
+        self, name: str, formats: Mapping[str, Format], *, probe: bool = False
+    ) -> tuple[str, ...]:
         """Add the function of one profile.
 
         Args:
             name: Name of the function.
             formats: Site name -> format.
+            probe: Return, behind the outputs, also the input of every site call in graph order, so
+                that each stretch between two roundings can be compared with a reference alone.
 
         Returns:
             Names of the tensors of its ``weights`` argument, in order.
         """
         main = self.skeleton.module["main"]
-        bindings = [b for block in main.body.blocks for b in block.bindings]
-        params = dict(zip(main.params[self.skeleton.inputs :], self.skeleton.params, strict=True))
+        params = {p: self.skeleton.params[p.name] for p in main.params[self.skeleton.inputs :]}
         used = relax.analysis.free_vars(main.body)
         shared = [p for p in params if any(p.same_as(v) for v in used)]
-        sites = {
-            call.site: None
-            for call in self.skeleton.opaque.values()
-            if isinstance(call, SiteCall)
-        }
-        names = [self.store.parameter(params[p], self.skeleton.params[params[p]]) for p in shared]
+        names = [self.store.parameter(*params[p]) for p in shared]
+        sites = dict.fromkeys(call.site for call in self.skeleton.site_calls())
         names += [n for site in sites for n in self.store.names(site, formats[site])]
         inputs = [relax.Var(p.name, p.ty) for p in main.params[: self.skeleton.inputs]]
         tensors = [self.store.tensors[n] for n in names]
         weights = relax.Var(
             "weights", relax.TupleType([relax.TensorType(t.shape, str(t.dtype)) for t in tensors])
         )
-        with self.builder.function(name, [*inputs, weights]), _Body(self, names, weights) as body:
-            for old, new in zip(main.params, inputs, strict=False):
-                body.bind(old, new)
-            for param in shared:
-                body.bind(param, body.weight(params[param]))
-            for binding in bindings:
-                body.translate(binding, formats)
-            out = body.value(main.body.body)
-            body.finish(out)
+        with self.builder.function(name, [*inputs, weights]):
+            with self.builder.dataflow():
+                body = _Body(self, names, weights, formats)
+                for old, new in zip(main.params, inputs, strict=False):
+                    body.bind(old, new)
+                for param in shared:
+                    body.bind(param, body.weight(params[param][0]))
+                for block in main.body.blocks:
+                    for binding in block.bindings:
+                        body.translate(binding)
+                out = body.value(main.body.body)
+                if probe:
+                    flat = list(out.fields) if isinstance(out, relax.Tuple) else [out]
+                    out = relax.Tuple([*flat, *body.taps])
+                result = self.builder.emit_output(out)
+            self.builder.emit_func_output(result)
         return tuple(names)
 
     def kernel(self, kernel: Kernel) -> Any:
@@ -89,29 +95,18 @@ class ProfileBuilder:
 class _Body:
     """The dataflow block of one profile's function while it is written."""
 
-    def __init__(self, owner: ProfileBuilder, names: list[str], weights: Any) -> None:
+    def __init__(
+        self, owner: ProfileBuilder, names: list[str], weights: Any, formats: Mapping[str, Format]
+    ) -> None:
         self.owner = owner
         self.builder = owner.builder
         self.index = {name: i for i, name in enumerate(names)}
         self.weights = weights
+        self.formats = formats
         self.values: dict[Any, Any] = {}
         self.loaded: dict[str, Any] = {}
         self.quantized: dict[tuple[Any, str], tuple[Any, ...]] = {}
-        self.flow: Any = None
-
-    def __enter__(self) -> "_Body":
-        self.flow = self.builder.dataflow()
-        self.flow.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is not None:
-            self.flow.__exit__(*error)
-
-    def finish(self, out: Any) -> None:
-        result = self.builder.emit_output(out)
-        self.flow.__exit__(None, None, None)
-        self.builder.emit_func_output(result)
+        self.taps: list[Any] = []
 
     def bind(self, old: Any, new: Any) -> None:
         self.values[old] = new
@@ -125,7 +120,7 @@ class _Body:
             self.loaded[name] = self.builder.emit(item)
         return self.loaded[name]
 
-    def translate(self, binding: Any, formats: Mapping[str, Format]) -> None:
+    def translate(self, binding: Any) -> None:
         """Copy one binding, or replace it if it is an opaque call."""
         call = binding.value
         key = _opaque_key(call)
@@ -138,8 +133,12 @@ class _Body:
             result = self._kernel_call(what, args)
         else:
             site = self.owner.store.sites[what.site]
-            expand = self._linear if isinstance(site, LinearSite) else self._conv
-            result = expand(site, formats[what.site], what, args)  # type: ignore[operator]
+            fmt = self.formats[what.site]
+            self.taps.append(args[0])
+            if isinstance(site, LinearSite):
+                result = self._linear(site, fmt, what, args)
+            else:
+                result = self._conv(site, fmt, what, args)
         self.bind(binding.var, result)
 
     def call(self, kernel: Kernel, args: list[Any]) -> Any:

@@ -67,14 +67,18 @@ class Skeleton:
     Attributes:
         module: Relax module; ``main`` takes the inputs, then the parameters.
         inputs: Number of user inputs.
-        params: Parameter name (the user's path) -> value, in the order of ``main``.
+        params: Variable name in ``main`` -> (the user's path, value).
         opaque: Name of each opaque call -> what it stands for.
     """
 
     module: Any
     inputs: int
-    params: dict[str, NDArray[np.generic]]
+    params: dict[str, tuple[str, NDArray[np.generic]]]
     opaque: dict[str, Opaque] = field(default_factory=dict)
+
+    def site_calls(self) -> tuple[SiteCall, ...]:
+        """Calls of elastic layers, in graph order."""
+        return tuple(call for call in self.opaque.values() if isinstance(call, SiteCall))
 
 
 def import_program(program: torch.export.ExportedProgram, spec: TargetSpec) -> Skeleton:
@@ -108,9 +112,11 @@ def import_program(program: torch.export.ExportedProgram, spec: TargetSpec) -> S
     return Skeleton(module, inputs, _parameters(program), opaque)
 
 
-def _parameters(program: torch.export.ExportedProgram) -> dict[str, NDArray[np.generic]]:
-    """Values of everything lifted out of the graph, in the importer's order."""
-    found: dict[str, NDArray[np.generic]] = {}
+def _parameters(
+    program: torch.export.ExportedProgram,
+) -> dict[str, tuple[str, NDArray[np.generic]]]:
+    """Everything lifted out of the graph, under the importer's names of the variables."""
+    found: dict[str, tuple[str, NDArray[np.generic]]] = {}
     for item in program.graph_signature.input_specs:
         if item.kind is InputKind.USER_INPUT:
             continue
@@ -121,7 +127,7 @@ def _parameters(program: torch.export.ExportedProgram) -> dict[str, NDArray[np.g
             else program.state_dict
         )
         value = table[target].detach().cpu().contiguous()
-        found[target] = value.numpy()
+        found[str(item.arg.name)] = (target, value.numpy())
     return found
 
 

@@ -103,16 +103,20 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Agreement of the library with the torch reference of the same profile.
+    """Agreement of the library with the fake-quantized torch reference of the same profile.
 
     Attributes:
-        relative: Largest ||y - y_ref|| / ||y_ref|| over inputs and outputs.
-        tolerance: What was allowed.
+        relative: Largest ||y - y_ref|| / ||y_ref|| of any stretch between two roundings, the
+            reference going on with the library's own activations at every elastic layer.
+        free: The same of the outputs alone, each going its own way: two correct programs differ
+            here by as much as rounding does, since one unit in the last place turns roundings.
+        tolerance: What was allowed of `relative`.
         inputs: How many inputs were compared.
         where: On the device or under emulation.
     """
 
     relative: float
+    free: float
     tolerance: float
     inputs: int
     where: Where
@@ -372,7 +376,9 @@ def _observed_from_json(f: Fields) -> Observed:
 
 def _parity_from_json(f: Fields) -> Parity:
     where: Where = f.choice("where", get_args(Where))
-    return Parity(f.number("relative"), f.number("tolerance"), f.whole("inputs"), where)
+    return Parity(
+        f.number("relative"), f.number("free"), f.number("tolerance"), f.whole("inputs"), where
+    )
 
 
 def _target_from_json(f: Fields) -> TargetInfo:

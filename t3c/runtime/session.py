@@ -199,6 +199,25 @@ class Session:
                     times[name].append(time.perf_counter() - start)
         return times
 
+    def probe(self, profile: str, inputs: Sequence[Any]) -> list[Any]:
+        """Outputs of a profile and, behind them, the input of every elastic layer call, in order.
+
+        What a reference needs to check the library on this device, stretch by stretch.
+
+        Args:
+            profile: Its name.
+            inputs: Flat inputs, in the manifest's order.
+
+        Returns:
+            Flat numpy arrays.
+        """
+        variant = self._named(profile)
+        function = self._library.function(f"probe_{profile}")
+        specs = self.manifest.inputs
+        given = [self._input(spec, v) for spec, v in zip(specs, inputs, strict=True)]
+        outputs = function(*given, variant._weights)  # pyright: ignore[reportPrivateUsage]
+        return [tvm_vm.to_numpy(tensor) for tensor in tvm_vm.flat(outputs)]
+
     def _named(self, name: str) -> Variant:
         if (variant := self._variants.get(name)) is None:
             raise T3CError(f"no profile {name!r}; there are {', '.join(self._variants)}")

@@ -39,7 +39,7 @@ def profile(name: str, rank: int) -> CompiledProfile:
         ),
         f"profile_{name}",
         ("fc.low", "fc.high"),
-        Parity(1e-6, 1e-2, 4, "emulated"),
+        Parity(1e-6, 2e-2, 1e-2, 4, "emulated"),
     )
 
 

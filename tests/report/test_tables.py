@@ -42,7 +42,7 @@ def test_a_profile_row_has_costs_labels_and_drift() -> None:
 
 
 def test_parity_of_a_compiled_profile_is_shown() -> None:
-    parity = Parity(1e-6, 1e-2, 4, "emulated")
+    parity = Parity(1e-6, 2e-2, 1e-2, 4, "emulated")
     assert text(tables.profiles([CompiledProfile(FULL, "f", (), parity)]))[0][-1] == (
         "1e-06 (emulated)"
     )

@@ -107,7 +107,7 @@ def profile(name: str) -> Profile:
 
 def manifest(**changes: Any) -> Manifest:
     """A manifest of the toy; `changes` replace fields."""
-    parity = Parity(1e-7, 1e-3, 4, "device")
+    parity = Parity(1e-7, 1e-6, 1e-3, 4, "device")
     base = Manifest(
         target=TargetInfo("x86", "llvm", None, "generic"),
         stages=Stages(built=True),
