@@ -149,6 +149,8 @@ def capture(
                 return _finish(
                     program, example_inputs, kwargs, parameters, route, [*notes, *failures]
                 )
+        except PassError:
+            raise  # the model itself is at fault: another way would only hide it
         except Exception as error:
             first = (str(error).strip() or "no message").splitlines()[0]
             failures.append(f"{route} failed: {type(error).__name__}: {first}")
@@ -256,6 +258,7 @@ def _finish(
     notes: list[str],
 ) -> Captured:
     """Make the graph functional and flat, and describe its inputs and outputs."""
+    program = program.run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -263,7 +266,6 @@ def _finish(
             f"the forward writes to {', '.join(sorted(set(written)))}; T3C compiles functions "
             "without state. Call model.eval() before exporting, or return the new value instead."
         )
-    program = program.run_decompositions({})
     leaves, in_tree = pytree.tree_flatten((args, kwargs))
     module = program.module(check_guards=False)
     if not isinstance(module, fx.GraphModule):

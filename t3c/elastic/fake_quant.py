@@ -56,9 +56,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """Exact int32 a [m, k] times b [n, k] transposed: [m, n]."""
     on_gpu = a.device.type != "cpu"
     small = on_gpu and (a.shape[0] <= 16 or a.shape[1] % 8 or b.shape[0] % 8)
-    if not small and a.numel() and _int_mm_is_exact(str(a.device)):
-        return torch._int_mm(a, b.t())
+    if not small and a.shape[1] > 1 and a.numel() and _int_mm_is_exact(str(a.device)):
+        return torch._int_mm(_canonical(a), _canonical(b).t())
     return (a.double() @ b.double().t()).to(torch.int32)
+
+
+def _canonical(a: Tensor) -> Tensor:
+    """The same matrix with row-major strides: `_int_mm` reads those of axes of size 1, too."""
+    return a.reshape(-1).view(a.shape)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from t3c.passes.dead_code import DeadCode
 from t3c.passes.drop_dropout import DropDropout
 from t3c.passes.pipeline import elastic_passes
 from t3c.passes.reference import Reference
-from t3c.passes.sites import Choice, Makers
+from t3c.passes.sites import EVERYTHING, Choice, Makers
 
 MAKERS = Makers(ElasticLinear, ElasticConv)
 CLEAN: tuple[AbstractPass, ...] = (DropDropout(), DeadCode())
@@ -37,7 +37,7 @@ def captured_graph(
 
 
 def elastic_graph(
-    model: nn.Module, inputs: Sequence[Tensor], choice: Choice = Choice()
+    model: nn.Module, inputs: Sequence[Tensor], choice: Choice = EVERYTHING
 ) -> tuple[fx.GraphModule, tuple[Row, ...]]:
     """Capture and every pass up to elastic sites."""
     return run_passes(captured_graph(model, inputs, ()), elastic_passes(MAKERS, choice))
@@ -48,7 +48,9 @@ def layers(gm: fx.GraphModule) -> dict[str, ElasticLayer]:
     return {m.site.name: m for m in gm.modules() if isinstance(m, ElasticLayer)}
 
 
-def run(gm: fx.GraphModule, inputs: Sequence[Tensor], sites: dict[str, ElasticLayer]) -> list[Tensor]:
+def run(
+    gm: fx.GraphModule, inputs: Sequence[Tensor], sites: dict[str, ElasticLayer]
+) -> list[Tensor]:
     """Outputs, placeholders of sites included."""
     with torch.no_grad():
         return list(Reference(gm, sites).run(*inputs))
@@ -107,5 +109,3 @@ class PassConformance:
             if isinstance(value, Tensor):
                 assert node.meta["val"].shape == value.shape, node
                 assert node.meta["val"].dtype == value.dtype, node
-
-

@@ -1,0 +1,118 @@
+"""What every factorizer keeps, and what each promises."""
+
+import time
+
+import pytest
+import torch
+
+from t3c.core.errors import T3CError
+from t3c.core.registry import resolve
+from t3c.elastic.factorize import FACTORIZATIONS
+from t3c.elastic.factorize.base import AbstractFactorizer, damped, second_moment
+from t3c.elastic.factorize.cp import CP_ALS, CpAls
+from t3c.elastic.factorize.svd import SVD
+from t3c.elastic.factorize.tucker2 import TUCKER2, Tucker2Hosvd
+from t3c.elastic.factorize.whitened_svd import WHITENED_SVD
+
+
+@pytest.mark.parametrize("name", FACTORIZATIONS)
+def test_registry_resolves_and_names_agree(name: str) -> None:
+    found = resolve(FACTORIZATIONS, name, "factorization", T3CError)
+    assert isinstance(found, AbstractFactorizer)
+    assert found.name == name
+
+
+@pytest.mark.parametrize("name", ["svd", "whitened-svd", "tucker2"])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (1, 3), (4, 1)])
+def test_full_rank_is_exact_and_prefixes_agree(name: str, shape: tuple[int, int]) -> None:
+    found = resolve(FACTORIZATIONS, name, "factorization", T3CError)
+    assert isinstance(found, AbstractFactorizer)
+    conv = name == "tucker2"
+    w = torch.randn(*shape, 3, 3) if conv else torch.randn(*shape)
+    x = torch.randn(50, shape[1]) @ torch.randn(shape[1], shape[1])
+    for moment in (None, second_moment(x)):
+        factors = found.split(w, moment)
+        assert tuple(factors) == found.factors
+        torch.testing.assert_close(found.merge(factors), w, rtol=1e-4, atol=1e-4)
+        ranks = (1, 1) if conv else (1,)
+        small = found.split(w, moment, ranks=ranks)
+        torch.testing.assert_close(found.merge(small), found.merge(factors, ranks))
+
+
+def test_svd_is_the_best_low_rank() -> None:
+    w = torch.randn(20, 30)
+    factors = SVD.split(w)
+    for rank in (1, 5, 19):
+        got = float(SVD.residual(w, factors, (rank,)).norm())
+        want = float(torch.linalg.svdvals(w)[rank:].norm())
+        assert got == pytest.approx(want, rel=1e-4)
+    norms = factors["low"].norm(dim=1), factors["high"].norm(dim=0)
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_whitening_wins_on_the_inputs_it_saw(shape: tuple[int, int]) -> None:
+    w = torch.randn(shape)
+    x = torch.randn(500, shape[1]) * torch.logspace(-2, 1, shape[1])
+    moment = second_moment(x)
+    plain, white = SVD.split(w), WHITENED_SVD.split(w, moment)
+    for rank in (2, 8, 16):
+        errors = [float((x @ SVD.residual(w, f, (rank,)).t()).norm()) for f in (plain, white)]
+        best = torch.linalg.svdvals(w.double() @ torch.linalg.cholesky(damped(moment, 1e-3)))
+        bound = float(best[rank:].norm()) * 500**0.5
+        assert errors[1] < errors[0]
+        assert errors[1] <= bound * 1.01
+
+
+def test_large_layer_takes_well_under_a_second() -> None:
+    w, x = torch.randn(3072, 768), torch.randn(1000, 768)
+    moment = second_moment(x)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        WHITENED_SVD.split(w, moment)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 2.0  # 0.3 s on a quiet core
+
+
+def test_samples_with_nan_are_refused() -> None:
+    with pytest.raises(T3CError, match="not finite"):
+        WHITENED_SVD.split(torch.randn(3, 2), torch.full((2, 2), float("nan")))
+
+
+def test_zero_weight_and_zero_moment_stay_finite() -> None:
+    for factors in (
+        SVD.split(torch.zeros(3, 4)),
+        WHITENED_SVD.split(torch.randn(3, 4), torch.zeros(4, 4)),
+        WHITENED_SVD.split(torch.zeros(4, 3), torch.eye(3)),
+        TUCKER2.split(torch.zeros(3, 4, 3, 3)),
+    ):
+        assert all(bool(torch.isfinite(f).all()) for f in factors.values())
+
+
+def test_hooi_is_no_worse_than_hosvd_where_it_refines() -> None:
+    w = torch.randn(16, 12, 3, 3)
+    plain = Tucker2Hosvd(sweeps=0)
+    errors = [float(f.residual(w, f.split(w), (6, 8)).norm()) for f in (plain, TUCKER2)]
+    assert errors[1] <= errors[0] * (1 + 1e-6)
+
+
+def test_cp_finds_a_planted_decomposition() -> None:
+    torch.manual_seed(3)
+    modes = [torch.randn(n, 3) for n in (8, 7, 3, 3)]
+    w = torch.einsum("or,ir,hr,wr->oihw", *modes)
+    factors = CP_ALS.split(w, ranks=(3,))
+    assert float(CP_ALS.residual(w, factors, (3,)).norm() / w.norm()) < 1e-2
+    assert CP_ALS.merge(factors, (1,)).shape == w.shape
+
+
+def test_cp_of_nan_is_refused() -> None:
+    with pytest.raises(T3CError, match="diverged"):
+        CpAls(restarts=1, sweeps=1).split(torch.full((2, 2, 3, 3), float("nan")))
+
+
+def test_break_even_counts_elements() -> None:
+    assert SVD.break_even((768, 768)) == 384
+    rank = TUCKER2.break_even((64, 64, 3, 3))
+    assert rank * 64 * 2 + rank * rank * 9 == pytest.approx(64 * 64 * 9)
+    assert CP_ALS.break_even((64, 64, 3, 3)) == pytest.approx(64 * 64 * 9 / 134)
