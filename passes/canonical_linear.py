@@ -85,9 +85,9 @@ def _weight(gm: fx.GraphModule, matrix: fx.Node) -> fx.Node | None:
 def _turned(gm: fx.GraphModule, matrix: fx.Node, value: Tensor) -> fx.Node:
     """The transposed matrix, stored once and still known by the name of its origin."""
     origin = str(matrix.target)
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and node.meta.get("owner") == origin:
-            return node
+    known: list[fx.Node] = [n for n in gm.graph.nodes if n.meta.get("owner") == origin]
+    if known:
+        return known[0]
     with at_top(gm):
         new = add_constant(gm, f"{origin}_turned", value.t().contiguous(), parameter=True)
     new.meta["owner"] = origin

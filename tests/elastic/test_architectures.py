@@ -82,8 +82,8 @@ def build(name: str, options: dict[str, Any], positions: int, side: int) -> Case
     net: nn.Module = model(config(**options)).eval()
     for part in net.modules():
         if isinstance(part, nn.BatchNorm2d):
-            nn.init.normal_(part.running_mean, std=0.1)
-            nn.init.uniform_(part.running_var, 0.5, 2.0)
+            nn.init.normal_(part.get_buffer("running_mean"), std=0.1)
+            nn.init.uniform_(part.get_buffer("running_var"), 0.5, 2.0)
     if name in ("resnet", "vit", "swin"):
         return net, {"pixel_values": torch.randn(1, 3, side, side)}
     ids = {"input_ids": torch.randint(0, 100, (1, positions))}

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from t3c.core import ops
+from t3c.core.codes import Matrix
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.sites import ConvSite, LinearSite
 from t3c.elastic.conv import ElasticConv
@@ -100,8 +101,8 @@ def test_tucker_integers_equal_the_numpy_contract() -> None:
         assert np.array_equal(layer(x).numpy(), want)
 
 
-def _window(m: "ops.Matrix") -> "ops.Matrix":
-    return ops.Matrix(m.q[:, :, None, None], m.scale)
+def _window(m: Matrix) -> Matrix:
+    return Matrix(m.q[:, :, None, None], m.scale)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,15 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
 
 
-@pytest.fixture
-def elastic(model: nn.Module) -> ElasticModel:
+@pytest.fixture(scope="module")
+def shared(model: nn.Module) -> ElasticModel:
     return elasticize(model, (torch.randn(4, 6),))
+
+
+@pytest.fixture
+def elastic(shared: ElasticModel) -> ElasticModel:
+    """A fresh copy: some tests change factors or weights."""
+    return ElasticModel(deepcopy(shared.graph), shared.captured, shared.report)
 
 
 X = torch.randn(4, 6)

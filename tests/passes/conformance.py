@@ -28,8 +28,8 @@ def captured_graph(
     torch.manual_seed(0)
     for part in model.modules():
         if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
-            nn.init.normal_(part.running_mean)
-            nn.init.uniform_(part.running_var, 0.5, 2.0)
+            nn.init.normal_(part.get_buffer("running_mean"))
+            nn.init.uniform_(part.get_buffer("running_var"), 0.5, 2.0)
             if part.affine:
                 nn.init.normal_(part.weight)
                 nn.init.normal_(part.bias)

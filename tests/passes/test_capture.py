@@ -126,8 +126,8 @@ def test_stateful_model_is_refused() -> None:
             self.register_buffer("seen", torch.zeros(1))
 
         def forward(self, x: Tensor) -> Tensor:
-            self.seen += 1
-            return x + self.seen
+            seen = self.get_buffer("seen").add_(1)
+            return x + seen
 
     with pytest.raises(PassError, match="writes to seen"):
         capture(Counts(), (X,))

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from t3c.core.errors import PassError
-from t3c.passes.base import AbstractPass, run_passes
+from t3c.passes.base import AbstractPass, copy_graph, run_passes
 from t3c.passes.fuse_attention import FuseAttention
 from t3c.passes.fuse_epilogue import FuseEpilogue
 from t3c.passes.pipeline import lowering_graph
@@ -34,23 +34,25 @@ class Residual(nn.Module):
         y = self.b(gelu(self.a(x), approximate="tanh")) + x
         z = torch.relu(self.conv(y) + self.short(y))
         w = torch.tanh(self.c(z))
-        return w * torch.sigmoid(z) + self.c(z)
+        last: Tensor = w * torch.sigmoid(z) + self.c(z)
+        return last
 
 
 class TestPlaceSites(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return PlaceSites()
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(1, 2, 4, 4)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
         return elastic_graph(Residual(), inputs)[0]
 
     def test_foreign_module_is_refused(self, graph: fx.GraphModule) -> None:
+        graph = copy_graph(graph)
         node = next(n for n in graph.graph.nodes if n.op == "call_module")
         graph.add_submodule("foreign", nn.ReLU())
         node.target = "foreign"
@@ -59,15 +61,15 @@ class TestPlaceSites(PassConformance):
 
 
 class TestFuseEpilogue(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return FuseEpilogue()
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(1, 2, 4, 4)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
         return run_passes(elastic_graph(Residual(), inputs)[0], [PlaceSites()])[0]
 
@@ -204,17 +206,17 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("what", CASES)
+@pytest.mark.parametrize("what", CASES, scope="class")
 class TestFuseAttention(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return FuseAttention()
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(2, 5, 8) for _ in range(3)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(
         self, what: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]
     ) -> fx.GraphModule:
@@ -245,19 +247,21 @@ def test_what_does_not_fit_stays() -> None:
 
 
 class TestSpellViews(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return SpellViews()
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(2, 3, 4)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
-        model = Attention(lambda q, k, v: q)
-        model.forward = lambda x: x.transpose(1, 2).reshape(2, 12).reshape(4, 6)  # type: ignore[method-assign,assignment]
-        return captured_graph(model, inputs)
+        class Reshapes(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.transpose(1, 2).reshape(2, 12).reshape(4, 6)
+
+        return captured_graph(Reshapes(), inputs)
 
     def test_copies_are_said(self, graph: fx.GraphModule) -> None:
         after, _ = run_passes(graph, [SpellViews()])

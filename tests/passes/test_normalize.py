@@ -25,15 +25,15 @@ class Noise(nn.Module):
 
 
 class TestDropDropout(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return DropDropout()
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(2, 4)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
         return captured_graph(Noise(), inputs, ())
 
@@ -55,15 +55,15 @@ class Products(nn.Module):
 
 
 class TestCanonicalLinear(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return CanonicalLinear()
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(2, 4)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
         return captured_graph(Products(), inputs)
 
@@ -98,19 +98,19 @@ class Norms(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.pre(torch.relu(self.bn1(self.conv(x))))
         y = self.again(y) + self.bn2(self.again(y))
-        return self.bn3(self.fc(y.mean((2, 3))))
+        return torch.relu(self.bn3(self.fc(y.mean((2, 3)))))
 
 
 class TestFoldBatchNorm(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return FoldBatchNorm()
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(2, 3, 6, 6)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
         return captured_graph(Norms(), inputs)
 
@@ -131,19 +131,20 @@ class Constants(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.arange(3)[:, None] >= torch.arange(3)[None, :]
         row = self.table[torch.arange(3)] * 2
-        return (mask[..., None] * self.fc(x)) + row + torch.zeros(1).expand(3, 3, 4)
+        wide: Tensor = mask[..., None] * self.fc(x)
+        return wide + row + torch.zeros(1).expand(3, 3, 4)
 
 
 class TestFoldConstants(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return FoldConstants()
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(3, 4)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
         return captured_graph(Constants(), inputs)
 

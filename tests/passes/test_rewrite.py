@@ -21,30 +21,30 @@ from tests.passes.conformance import (
 
 
 class TestRewriteLinear(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return RewriteLinear(MAKERS.linear)
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(2, 3, 4)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2, bias=False))
         return captured_graph(model, inputs)
 
 
 class TestRewriteConv(PassConformance):
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def step(self) -> AbstractPass:
         return RewriteConv(MAKERS.conv)
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def inputs(self) -> list[Tensor]:
         return [torch.randn(2, 3, 9, 8)]
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def graph(self, inputs: list[Tensor]) -> fx.GraphModule:
         model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 5, 1, bias=False))
         return captured_graph(model, inputs)
@@ -100,7 +100,8 @@ def test_transposed_functional_and_doubled_weights() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = x @ self.w
-            return self.low(y.double()) + nn.functional.linear(y[:, :3], y[:3, :3]).double()
+            z: Tensor = self.low(y.double()) + nn.functional.linear(y[:, :3], y[:3, :3])
+            return z
 
     model, x = Functional().eval(), torch.randn(3, 4)
     gm, rows = elastic_graph(model, [x])
