@@ -3,6 +3,7 @@
 #   make demo    the demonstration of README.md
 #   make check   every gate: lint, format, types, layers, suite
 #   make bench   timings of this machine
+#   make aarch64-runtime   TVM's ARM libraries, with which `lower` checks target arm under emulation
 # On Linux the plain torch wheel brings gigabytes of CUDA. If pip here is not set up for a CPU wheel, give
 # its index: make test TORCH_INDEX=<address that the torch site names for CPU wheels>.
 
@@ -13,9 +14,11 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := .venv/bin
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/t3c
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+TVM := $(shell sed -n 's/^ *"\(apache-tvm[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: test demo check bench clean
+.PHONY: test demo check bench aarch64-runtime clean
 .DELETE_ON_ERROR:
 
 test: .venv/test.stamp
@@ -34,6 +37,17 @@ check: .venv/dev.stamp
 
 bench: .venv/demo.stamp
 	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+aarch64-runtime: .venv/torch.stamp
+	rm -rf build/aarch64
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: \
+		--platform manylinux_2_28_aarch64 -d build/aarch64 $(TVM)
+	for wheel in build/aarch64/*.whl; do \
+		$(BIN)/python -m zipfile -e "$$wheel" build/aarch64/files || exit 1; done
+	mkdir -p "$(CACHE)/aarch64"
+	cp build/aarch64/files/tvm/lib/libtvm_runtime.so \
+		build/aarch64/files/tvm_ffi/lib/libtvm_ffi.so "$(CACHE)/aarch64"
+	rm -rf build/aarch64
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -9,6 +9,7 @@ by the call of TVM's IR builder that the parser would have made in the end.
     a = T.alloc_buffer(...)      ->  a = named("a", T.alloc_buffer(...))
     a[i, j] = value              ->  store(a, value, (i, j))
     if condition: body           ->  with T.If(condition), T.Then(): body
+    a and b                      ->  all_of(a, b)
 """
 
 import ast
@@ -68,10 +69,11 @@ class _Builder(ast.NodeTransformer):
         def branch(name: str, body: list[ast.stmt]) -> ast.stmt:
             return ast.With([ast.withitem(ast.Call(_attribute(name), [], []))], self._body(body))
 
+        test = self.visit(node.test)
         parts = [branch("Then", node.body)]
         if node.orelse:
             parts.append(branch("Else", node.orelse))
-        return ast.With([ast.withitem(ast.Call(_attribute("If"), [node.test], []))], parts)
+        return ast.With([ast.withitem(ast.Call(_attribute("If"), [test], []))], parts)
 
     def visit_Assign(self, node: ast.Assign) -> Any:
         """A store into a buffer, or a new buffer."""
@@ -79,7 +81,7 @@ class _Builder(ast.NodeTransformer):
         if isinstance(target, ast.Subscript):
             index = target.slice
             indices = index if isinstance(index, ast.Tuple) else ast.Tuple([index], ast.Load())
-            return ast.Expr(_call("store", target.value, node.value, indices))
+            return ast.Expr(_call("store", target.value, self.visit(node.value), indices))
         if not isinstance(target, ast.Name):
             raise LoweringError(f"kernel text: cannot assign to {ast.unparse(target)}")
         return _assign(target.id, _call("named", ast.Constant(target.id), node.value))
@@ -90,6 +92,11 @@ class _Builder(ast.NodeTransformer):
             raise LoweringError(f"kernel text: cannot bind {ast.unparse(node.target)}")
         name = node.target.id
         return _assign(name, _call("bind", ast.Constant(name), node.value))
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> Any:
+        """Python's `and` and `or` would ask for the truth of an expression."""
+        values = [self.visit(value) for value in node.values]
+        return _call("all_of" if isinstance(node.op, ast.And) else "any_of", *values)
 
     def _body(self, body: list[ast.stmt]) -> list[ast.stmt]:
         return _flat([self.visit(statement) for statement in body])
@@ -155,4 +162,6 @@ _NAMES = {
     "_named": _named,
     "_bind": _bind,
     "_store": _store,
+    "_all_of": tvm.tirx.all,
+    "_any_of": tvm.tirx.any,
 }

@@ -20,9 +20,10 @@ from torch.export import ExportedProgram
 from t3c import targets
 from t3c.certificate.observed import certify
 from t3c.codegen.build import Built, build, is_host
+from t3c.codegen.tools import require
 from t3c.controller.plan import Plan, plan
 from t3c.core.artifact import Artifact
-from t3c.core.errors import LoweringError, ParityError
+from t3c.core.errors import LoweringError, ParityError, TargetError
 from t3c.core.formats import Format
 from t3c.core.manifest import (
     CompiledProfile,
@@ -31,6 +32,7 @@ from t3c.core.manifest import (
     Stages,
     TargetInfo,
     TensorSpec,
+    Where,
 )
 from t3c.core.profile import Profile, Timing
 from t3c.core.structure import LEAF, Tree
@@ -41,7 +43,7 @@ from t3c.elastic.shadow import relative, shadow
 from t3c.passes.capture import Captured, capture
 from t3c.passes.pipeline import lowering_graph, rewrite
 from t3c.passes.sites import Choice, Makers
-from t3c.runtime import bundle
+from t3c.runtime import bundle, emulate
 from t3c.runtime.session import Session, load, summarize
 from t3c.targets import TargetSpec
 
@@ -137,6 +139,7 @@ def lower(
         ParityError: A profile does not compute what its torch reference computes.
     """
     spec = targets.get(target) if isinstance(target, str) else target
+    require(spec)
     notes = _Notes(say)
     if isinstance(model, ElasticModel):
         elastic = model
@@ -151,7 +154,9 @@ def lower(
         )
     notes.add(*_captured(elastic).notes)
     batches = _batches(elastic, calibration, notes)
-    chosen = plan(elastic, batches, spec, profiles=profiles, seconds=plan_seconds, progress=progress)
+    chosen = plan(
+        elastic, batches, spec, profiles=profiles, seconds=plan_seconds, progress=progress
+    )
     notes.add(*chosen.notes)
     built = _build(elastic, chosen, spec, progress)
     manifest = _manifest(elastic, chosen, built, spec, batches, progress)
@@ -163,13 +168,14 @@ def lower(
         if _runs_here(spec):
             draft = bundle.write(Path(scratch) / "draft", manifest, library, built.tensors)
             session = load(draft, hashes=False)
-            manifest = _verified(
-                manifest, session, elastic, built.taps, batches[:PARITY_INPUTS], progress
-            )
+            prove = _Proof(elastic, built.taps, batches[:PARITY_INPUTS], progress)
+            manifest = prove(manifest, session.probe, "device")
             if calls:
                 manifest = _timed(manifest, session, batches[0], calls, progress)
-        else:
-            notes.add(f"{spec.name}: no such device here; built, not run; times are predicted")
+        elif (machine := _emulator(spec, notes)) is not None:
+            draft = bundle.write(Path(scratch) / "draft", manifest, library, built.tensors)
+            prove = _Proof(elastic, built.taps, batches[:PARITY_INPUTS], progress)
+            manifest = prove(manifest, emulate.Emulated(draft, machine).probe, "emulated")
         manifest = replace(manifest, assumptions=tuple(notes.lines))
         return bundle.write(where, manifest, library, built.tensors)
 
@@ -193,6 +199,20 @@ class _Notes:
 def _runs_here(spec: TargetSpec) -> bool:
     """Whether this machine is such a device."""
     return spec.kind == "llvm" and is_host(spec) and spec.features <= targets.cpu_features()
+
+
+def _emulator(spec: TargetSpec, notes: _Notes) -> emulate.Machine | None:
+    """The emulated device; None where there is none or a tool is missing, which is told."""
+    if spec.emulator is None:
+        notes.add(f"{spec.name}: no such device here; built, not run; times are predicted")
+        return None
+    try:
+        machine = emulate.machine(spec)
+    except TargetError as error:
+        notes.add(f"{spec.name}: built, not run; times are predicted. To check it here: {error}")
+        return None
+    notes.add(f"{spec.name}: checked under emulation; times are predicted")
+    return machine
 
 
 def _captured(elastic: ElasticModel) -> Captured:
@@ -319,30 +339,50 @@ def _hash(batches: Sequence[Batch]) -> str:
     return total.hexdigest()
 
 
-def _verified(
-    manifest: Manifest,
-    session: Session,
-    elastic: ElasticModel,
-    taps: Sequence[str],
-    batches: Sequence[Batch],
-    progress: Progress | None,
-) -> Manifest:
-    """Run every profile against its fake-quantized torch reference.
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """Runs every profile against its fake-quantized torch reference."""
 
-    Raises:
-        ParityError: Names the profile, the place and the error.
-    """
-    proved = []
-    for i, compiled in enumerate(manifest.profiles):
-        if progress is not None:
-            progress("prove profiles", i, len(manifest.profiles))
-        profile = compiled.profile
+    elastic: ElasticModel
+    taps: Sequence[str]
+    batches: Sequence[Batch]
+    progress: Progress | None
+
+    def __call__(
+        self, manifest: Manifest, probe: Callable[[str, Batch], list[Any]], where: Where
+    ) -> Manifest:
+        """The manifest with parity and stages.
+
+        Args:
+            manifest: What was built.
+            probe: Calls a profile's probe function: outputs, then the inputs of the layers.
+            where: What ran it.
+
+        Raises:
+            ParityError: Names the profile, the place and the error.
+        """
+        proved = []
+        for i, compiled in enumerate(manifest.profiles):
+            if self.progress is not None:
+                self.progress("prove profiles", i, len(manifest.profiles))
+            proved.append(replace(compiled, parity=self._parity(compiled, manifest, probe, where)))
+        stages = Stages(built=True, loaded=True, ran=True, verified=True, where=where)
+        return replace(manifest, profiles=tuple(proved), stages=stages)
+
+    def _parity(
+        self,
+        compiled: CompiledProfile,
+        manifest: Manifest,
+        probe: Callable[[str, Batch], list[Any]],
+        where: Where,
+    ) -> Parity:
+        profile, elastic = compiled.profile, self.elastic
         worst = free = 0.0
         with elastic.using(profile.formats), torch.inference_mode():
-            for batch in batches:
-                flat = [torch.from_numpy(a) for a in session.probe(profile.name, batch)]
+            for batch in self.batches:
+                flat = [torch.from_numpy(a) for a in probe(profile.name, batch)]
                 outputs = {s.name: y for s, y in zip(manifest.outputs, flat, strict=False)}
-                seen = shadow(elastic, batch, taps, flat[len(outputs) :], outputs)
+                seen = shadow(elastic, batch, self.taps, flat[len(outputs) :], outputs)
                 if not seen.worst <= TOLERANCE:
                     raise ParityError(
                         f"profile {profile.name!r}, at {seen.where!r}: relative error "
@@ -352,10 +392,7 @@ def _verified(
                 worst = max(worst, seen.worst)
                 alone = zip(outputs.values(), elastic.graph(*batch), strict=True)
                 free = max(free, *(relative(got, want) for got, want in alone))
-        parity = Parity(worst, free, TOLERANCE, len(batches), "device")
-        proved.append(replace(compiled, parity=parity))
-    stages = Stages(built=True, loaded=True, ran=True, verified=True, where="device")
-    return replace(manifest, profiles=tuple(proved), stages=stages)
+        return Parity(worst, free, TOLERANCE, len(self.batches), where)
 
 
 def _named(manifest: Manifest, batch: Batch) -> dict[str, Tensor]:
@@ -397,5 +434,3 @@ def _slower(small: Timing | None, large: Timing | None) -> Timing | None:
         return large
     p50 = max(small.p50_s, large.p50_s)
     return replace(large, p50_s=p50, p95_s=max(p50, small.p95_s, large.p95_s))
-
-

@@ -1,4 +1,4 @@
-"""Writing an artifact: library, weights, run.py and manifest, whole or not at all."""
+"""Writing an artifact: library, weights, run.py, run.cc and manifest, whole or not at all."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ from t3c.core.artifact import Artifact, seal, writing
 from t3c.core.errors import ArtifactError
 from t3c.core.manifest import WEIGHTS, Manifest
 from t3c.runtime import weights
+from t3c.runtime.template_host import RUN_CC
 from t3c.runtime.template_run import RUN_PY
 
 
@@ -46,6 +47,7 @@ def write(
             shutil.copyfile(library, target)
         weights.write(folder / WEIGHTS, tensors)
         (folder / "run.py").write_text(RUN_PY)
+        (folder / "run.cc").write_text(RUN_CC)
         for name, content in (extra or {}).items():
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
