@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from t3c.controller.progress import Progress, silent
-from t3c.controller.suffix import site_calls
+from t3c.controller.suffix import floats, site_calls
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Format, LowRank, Tucker2
 from t3c.core.registry import resolve
@@ -25,21 +25,34 @@ SIDE_MAX = 4096
 """Inputs of the widest site whose second moment is kept; wider ones keep the plain factors."""
 
 
+OUTPUT_DAMPING = 0.03
+"""Added to the diagonal of the gradients' second moment, as a share of its mean.
+
+Source: the damping sweep behind the default of two-sided factors.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Second moment of the inputs of one site.
+    """Second moments at one site.
 
     Attributes:
-        total: Sum of x x^T over rows (pixels for a convolution), [in, in] float32.
+        total: Sum of x x^T over rows x of the input (pixels for a convolution), [in, in] float32.
+        gains: Sum of g g^T over rows g of the gradient at the output, [out, out] float32, of a
+            random projection of the model's outputs: which output directions matter. None where
+            no gradient arrives, or the site is too wide.
         rows: How many rows.
     """
 
     total: Tensor
+    gains: Tensor | None
     rows: int
 
     def __add__(self, other: "Moment") -> "Moment":
-        """The moment of both sets of rows."""
-        return Moment(self.total + other.total, self.rows + other.rows)
+        """The moments of both sets of rows."""
+        known = self.gains is not None and other.gains is not None
+        gains = self.gains + other.gains if known else None  # type: ignore[operator]
+        return Moment(self.total + other.total, gains, self.rows + other.rows)
 
     def mean(self) -> Tensor:
         """E[x x^T], shrunk towards its mean diagonal where there are few rows for its width.
@@ -51,6 +64,17 @@ class Moment:
         mean = self.total / max(self.rows, 1)
         lift = 0.05 * width / (self.rows + width) * mean.diagonal().mean()
         return mean + lift * torch.eye(width)
+
+    def root(self) -> Tensor | None:
+        """Lower Cholesky factor of the damped, normalized gains [out, out]; None without gains."""
+        if self.gains is None:
+            return None
+        level = float(self.gains.diagonal().mean())
+        if not 0.0 < level < float("inf"):
+            return None
+        lift = OUTPUT_DAMPING * torch.eye(len(self.gains))
+        root: Tensor = torch.linalg.cholesky(self.gains / level + lift)
+        return root
 
 
 def calibrate(
@@ -89,7 +113,7 @@ def factorize(
         if kind_of(layer) is CP:  # its fit depends on the rank, which the layer chooses
             elastic.set_factors(name, moment=moment.mean())
         else:
-            elastic.set_factors(name, _split(layer, moment))
+            elastic.set_factors(name, split(layer, moment))
     progress("factorizing", len(moments), len(moments))
     return tuple(name for name in elastic.sites if name not in moments)
 
@@ -114,8 +138,8 @@ def collect(
         progress("collecting statistics", done, len(batches))
         if done and deadline is not None and time.monotonic() > deadline:
             break
-        with torch.no_grad(), elastic.using(None):
-            runner.run(*batch)
+        with elastic.using(None):
+            runner.look(batch, seed=done)
     progress("collecting statistics", len(batches), len(batches))
     for name, moment in runner.moments.items():
         if not bool(moment.total.isfinite().all()):
@@ -133,10 +157,21 @@ def kind_of(layer: ElasticLayer) -> type[Format]:
     return LowRank
 
 
-def _split(layer: ElasticLayer, moment: Moment) -> Factors:
-    """Factors in the metric of the inputs; the layer need not keep the moment."""
+def split(layer: ElasticLayer, moment: Moment) -> Factors:
+    """Factors of W that minimize ||R^T (W - W_r) L||, R R^T = gains and L L^T = inputs.
+
+    The factorizer sees R^T W; its output side is then multiplied by the inverse of R^T.
+    """
     found = resolve(FACTORIZATIONS, layer.factorizer(kind_of(layer)), "factorization", T3CError)
-    return cast(AbstractFactorizer, found).split(layer.weight, moment.mean())
+    factorizer = cast(AbstractFactorizer, found)
+    weight = layer.weight.detach()
+    root = moment.root()
+    if root is None:
+        return factorizer.split(weight, moment.mean())
+    flat = root.T @ weight.flatten(1)
+    factors = factorizer.split(flat.reshape(weight.shape), moment.mean())
+    last = "high" if "high" in factors else "expand"
+    return {**factors, last: torch.linalg.solve_triangular(root.T, factors[last], upper=True)}
 
 
 def width(site: Site) -> int:
@@ -159,16 +194,47 @@ class _Collector(fx.Interpreter):
             for node in nodes
             if width(elastic.sites[name]) <= SIDE_MAX
         }
+        self.calls: list[tuple[Site, Tensor, Tensor]] = []
         self.moments: dict[str, Moment] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run the node; look at its input if it is a site."""
-        site = self.site_of.get(n)
-        if site is not None:
-            x = self.env[n.all_input_nodes[0]]
-            rows = x if isinstance(site, LinearSite) else x.movedim(1, -1)
-            rows = rows.reshape(-1, rows.shape[-1])
-            moment = Moment(rows.T @ rows, len(rows))
+    def look(self, batch: Batch, seed: int) -> None:
+        """Run one batch forwards and a random projection of its outputs backwards."""
+        self.calls = []
+        with torch.enable_grad():
+            outputs = [y for y in floats(self.run(*batch)) if y.requires_grad]
+            random = torch.Generator().manual_seed(seed)
+            probes = [torch.randn(y.shape, generator=random).to(y.dtype) for y in outputs]
+            results = [y for _, _, y in self.calls]
+            gradients: Sequence[Tensor | None] = [None] * len(results)
+            if outputs and results:
+                gradients = torch.autograd.grad(outputs, results, probes, allow_unused=True)
+        for (site, x, _), gradient in zip(self.calls, gradients, strict=True):
+            moment = _moment(site, x, gradient)
             seen = self.moments.get(site.name)
             self.moments[site.name] = moment if seen is None else seen + moment
-        return super().run_node(n)
+        self.calls = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run the node; keep its input and output if it is a site."""
+        result = super().run_node(n)
+        site = self.site_of.get(n)
+        if site is not None:
+            if not result.requires_grad:  # frozen parameters: gradients start here
+                result.requires_grad_()
+            self.calls.append((site, self.env[n.all_input_nodes[0]].detach(), result))
+        return result
+
+
+def _moment(site: Site, x: Tensor, gradient: Tensor | None) -> Moment:
+    """Moments of one call of a site."""
+    linear = isinstance(site, LinearSite)
+
+    def rows_of(value: Tensor) -> Tensor:
+        value = value if linear else value.movedim(1, -1)
+        return value.reshape(-1, value.shape[-1])
+
+    rows, gains = rows_of(x), None
+    if gradient is not None and rows_of(gradient).shape[1] <= SIDE_MAX:
+        back = rows_of(gradient)
+        gains = back.T @ back
+    return Moment(rows.T @ rows, gains, len(rows))

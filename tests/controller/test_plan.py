@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from t3c.controller.calibrate import calibrate, collect, kind_of
+from t3c.controller.calibrate import Moment, calibrate, collect, kind_of, split
 from t3c.controller.damage import DamageTable, Menu, _scaled, measure
 from t3c.controller.plan import Plan, plan, profile_names, storage_bytes
 from t3c.controller.suffix import Suffix, floats
@@ -21,7 +22,7 @@ from t3c.elastic.conv import ElasticConv
 from t3c.elastic.model import ElasticModel
 from t3c.targets import get
 from t3c.targets.base import Roofline
-from tests.controller.models import Mlp, block, cnn, conv, elastic, mlp, more
+from tests.controller.models import Mlp, block, cnn, conv, elastic, linear, mlp, more
 
 VNNI = get("x86-vnni")
 STEEP = replace(  # arithmetic costs, nothing else: every rank below break-even pays
@@ -212,15 +213,56 @@ def test_calibrated_factors_beat_plain_ones_on_data_with_directions() -> None:
     assert error() < 0.5 * plain
 
 
+def test_gains_protect_the_outputs_that_matter() -> None:
+    torch.manual_seed(5)
+    layer = elastic(Mlp(64, 1, 10), torch.randn(8, 64)).layers["fc0"]
+    rows = torch.randn(500, 64)
+    back = torch.randn(500, 64) * (0.9 ** torch.arange(64.0))  # the first outputs matter most
+    gains, weight = back.T @ back, layer.weight.detach()
+
+    def loss(moment: Moment) -> float:
+        factors = split(layer, moment)
+        off = weight - factors["high"][:, :16] @ factors["low"][:16]
+        return float(torch.trace(off.T @ gains @ off))
+
+    one = loss(Moment(rows.T @ rows, None, 500))
+    two = loss(Moment(rows.T @ rows, gains, 500))
+    assert two < 0.8 * one
+
+
+def test_gains_are_none_where_no_gradient_arrives() -> None:
+    class Blind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = linear("fc", 64, 64, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x * self.fc(x).argmax(1, keepdim=True),)
+
+    model = elastic(Blind(), torch.randn(2, 64))
+    (moment,) = collect(model, [model.example_inputs]).values()
+    assert moment.gains is None
+    assert moment.root() is None
+    assert calibrate(model, [model.example_inputs]) == ()
+
+
+def test_frozen_parameters_still_give_gains() -> None:
+    model = mlp()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    moments = collect(model, [model.example_inputs])
+    assert all(moment.gains is not None for moment in moments.values())
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_full_ranks_keep_the_function(make: Callable[[], ElasticModel]) -> None:
     model = make()
     calibrate(model, more(model, 2))
     full: dict[str, Format] = {}
     for name, site in model.sites.items():
-        linear = isinstance(site, LinearSite)
+        flat = isinstance(site, LinearSite)
         full[name] = (
-            LowRank(site.full_rank) if linear else Tucker2(site.in_channels, site.out_channels)  # type: ignore[union-attr]
+            LowRank(site.full_rank) if flat else Tucker2(site.in_channels, site.out_channels)  # type: ignore[union-attr]
         )
     with torch.inference_mode():
         before = list(floats(model(*model.example_inputs)))
