@@ -22,6 +22,7 @@ from t3c.codegen.kernels.emit import LANES, ceil_div
 from t3c.codegen.kernels.family import ConvShape
 from t3c.core.codes import I8
 
+
 @dataclass(frozen=True, slots=True)
 class TapClass:
     """Taps that read one phase, a regular grid of `count` taps.
