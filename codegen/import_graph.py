@@ -16,8 +16,6 @@ from torch.export.graph_signature import InputKind
 
 from t3c.codegen.kernels.attention import attention
 from t3c.codegen.kernels.family import Kernel
-from t3c.codegen.kernels.norm import layer_norm
-from t3c.codegen.kernels.softmax import softmax
 from t3c.codegen.tvm_api import from_exported_program, relax
 from t3c.core.errors import LoweringError
 from t3c.targets.base import TargetSpec
@@ -170,35 +168,10 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         call = KernelCall(kernel, shapes, _shape(node))
         return emit(importer, "attention", call, [importer.env[a] for a in args])
 
-    def norm(node: torch.fx.Node, importer: Any) -> Any:
-        x, normalized = node.args[0], node.args[1]
-        affine = [a for a in node.args[2:4] if isinstance(a, torch.fx.Node)]
-        if len(normalized) != 1 or len(affine) != 2 or not isinstance(x, torch.fx.Node):
-            return importer._layer_norm(node)
-        eps = float(node.args[4]) if len(node.args) > 4 else 1e-5
-        shape = _shape(x)
-        rows, cols = prod(shape[:-1]), shape[-1]
-        kernel = layer_norm(rows, cols, eps, lanes=spec.vector)
-        call = KernelCall(kernel, ((rows, cols), (cols,), (cols,)), shape, (rows, cols, eps))
-        return emit(importer, "layer_norm", call, [importer.env[a] for a in (x, *affine)])
-
-    def soft(node: torch.fx.Node, importer: Any) -> Any:
-        x, axis = node.args[0], int(node.args[1])
-        shape = _shape(x)
-        if axis not in (-1, len(shape) - 1) or _dtype(x) != torch.float32:
-            return importer._softmax(node)
-        rows, cols = prod(shape[:-1]), shape[-1]
-        kernel = softmax(rows, cols, lanes=spec.vector)
-        call = KernelCall(kernel, ((rows, cols),), shape)
-        return emit(importer, "softmax", call, [importer.env[x]])
-
     return {
         "site_linear.default": site,
         "site_conv.default": site,
         "attention.default": attend,
-        "layer_norm.default": norm,
-        "softmax.int": soft,
-        "_softmax.default": soft,
     }
 
 
