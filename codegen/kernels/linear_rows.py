@@ -142,6 +142,9 @@ class Product:
             with e.loop("line", short) as line:
                 self._line(e, accs, row, panel, str(whole), line)
         hoisted = [self.finish.hoist(e, f"{panel} + {j}") for j in range(len(valid))]
+        if self.finish.long:
+            self._finish_by_rows(e, accs, rest, row, panel, hoisted, valid)
+            return
         each = LANES // dot.part
         for i, names in enumerate(accs):
             for j, some in enumerate(valid):
@@ -153,9 +156,30 @@ class Product:
                         part = names[j * each + p]
                         e(f"{whole_vector}[{at}] = {part}[{lanes(0, dot.part)}]")
                     value = f"{whole_vector}[{lanes(0)}]"
-                self.finish.write(
-                    e, rest, value, f"{row} + {i}", f"{panel} + {j}", hoisted[j], some
-                )
+                line = f"{row} + {i}"
+                self.finish.write(e, rest, value, line, f"{panel} + {j}", hoisted[j], some)
+
+    def _finish_by_rows(
+        self,
+        e: Emitter,
+        accs: list[list[str]],
+        rest: str,
+        row: str,
+        panel: str,
+        hoisted: list[tuple[str, str]],
+        valid: list[int],
+    ) -> None:
+        """Finish in a loop over rows: an epilogue of many instructions is not repeated for each."""
+        part = self.dot.part
+        block = e.alloc("block", (len(accs), len(valid) * LANES), "int32")
+        for i, names in enumerate(accs):
+            for p, name in enumerate(names):
+                e(f"{block}[{i}, {lanes(p * part, part)}] = {name}[{lanes(0, part)}]")
+        with e.loop("i", len(accs)) as i:
+            for j, some in enumerate(valid):
+                value = f"{block}[{i}, {lanes(j * LANES)}]"
+                at = e.let("at", f"{row} + {i}")
+                self.finish.write(e, rest, value, at, f"{panel} + {j}", hoisted[j], some)
 
     def _line(
         self, e: Emitter, accs: list[list[str]], row: str, panel: str, kb: str, line: str

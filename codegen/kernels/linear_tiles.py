@@ -261,6 +261,11 @@ class Finish:
     steps: Sequence[str] = ()
     raw: bool = False
 
+    @property
+    def long(self) -> bool:
+        """Whether the epilogue has more than a few instructions."""
+        return any(step not in ("relu", "add") for step in self.steps)
+
     def valid(self, panel: int) -> int:
         """Columns of a panel that exist."""
         return min(PANEL, self.n - panel * PANEL)

@@ -33,18 +33,14 @@ FAMILIES: dict[str, tuple[AbstractLinearKernels, str, frozenset[str]]] = {
     "x86-vnni": (VnniLinear(), "icelake-server", frozenset({"avx512f", "avx512_vnni"})),
     "x86-avx2": (Avx2Linear(), "x86-64-v3", frozenset({"avx2", "fma"})),
     "portable": (PortableLinear(), "x86-64", frozenset({"sse2"})),
-    "portable-avx2": (PortableLinear(), "x86-64-v3", frozenset({"avx2", "fma"})),
 }
 SIZES = (
-    (1, 1, 1),
     (1, 10, 27),
     (1, 1000, 196),
     (7, 15, 63),
     (16, 16, 64),
-    (16, 1000, 64),
-    (33, 17, 65),
-    (128, 31, 127),
-    (128, 32, 128),
+    (33, 1000, 65),
+    (128, 31, 128),
     (197, 33, 129),
 )
 ARM = {
@@ -138,12 +134,12 @@ def test_extreme_codes_do_not_saturate(bench: Bench) -> None:
 EPILOGUES = ("", *EPILOGUE_STEPS, "gelu,add", "add,relu")
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("m", [1, 33])
-def test_floats_agree_with_every_epilogue(bench: Bench, epilogue: str, m: int) -> None:
-    if m == 1 and epilogue not in ("", "gelu,add"):
-        pytest.skip("one row: two epilogues are enough")
-    n, k = 43, 70
+@pytest.mark.parametrize(
+    ("m", "n", "epilogue"),
+    [*((6, 23, e) for e in EPILOGUES), (1, 43, "gelu,add"), (17, 43, "silu")],
+)
+def test_floats_agree_with_every_epilogue(bench: Bench, m: int, n: int, epilogue: str) -> None:
+    k = 70
     rng = np.random.default_rng(len(epilogue) + m)
     x = rng.standard_normal((m, k)).astype(np.float32)
     w, bias = random_matrix(rng, n, k), rng.standard_normal(n).astype(np.float32)
@@ -157,7 +153,7 @@ def test_floats_agree_with_every_epilogue(bench: Bench, epilogue: str, m: int) -
     np.testing.assert_allclose(y, expected, rtol=2e-6, atol=2e-5)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 100), (7, 33, 64), (50, 43, 70)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 100), (24, 43, 70)])
 def test_one_low_rank_buffer_serves_every_rank(bench: Bench, m: int, n: int, k: int) -> None:
     rank_max = 160
     rng = np.random.default_rng(n)
@@ -166,7 +162,7 @@ def test_one_low_rank_buffer_serves_every_rank(bench: Bench, m: int, n: int, k: 
     bias = rng.standard_normal(n).astype(np.float32)
     quantized = bench.run(bench.family.quantize(m, k), x)
     packed = bench.family.pack_low_rank(low, high, bias).values()
-    for rank in (bench.family.rank_step, 96, rank_max):
+    for rank in (bench.family.rank_step, 96 if m == 1 else rank_max):
         kernel = bench.family.low_rank(m, n, k, rank, rank_max)
         (y,) = bench.run(kernel, *quantized, *packed)
         expected = ops.low_rank(x, low.prefix(rank), high.prefix(None, rank), bias)
@@ -174,7 +170,7 @@ def test_one_low_rank_buffer_serves_every_rank(bench: Bench, m: int, n: int, k: 
 
 
 def test_low_rank_takes_an_epilogue_and_a_residual(bench: Bench) -> None:
-    m, n, k, rank = 9, 20, 40, 32
+    m, n, k, rank = 6, 20, 40, 32
     rng = np.random.default_rng(1)
     x = rng.standard_normal((m, k)).astype(np.float32)
     low, high = random_matrix(rng, rank, k), random_matrix(rng, n, rank)
@@ -285,7 +281,7 @@ def machine_code(kernel: Kernel, target: dict[str, object]) -> str:
 
 def test_vnni_needs_no_newer_instructions() -> None:
     target: dict[str, object] = {"kind": "llvm", "mcpu": "icelake-server"}
-    code = machine_code(VnniLinear().low_rank(33, 40, 70, 32, 64, "gelu"), target)
+    code = machine_code(VnniLinear().low_rank(3, 23, 70, 32, 64, "gelu"), target)
     assert "vpdpbusd" in code
     assert not re.search(r"\b(tdp\w+|tileload\w+|ldtilecfg|v\w+ph)\b", code)
 
@@ -303,16 +299,17 @@ def test_amx_runs_one_row_on_vnni() -> None:
     assert "tdpbssd" not in AmxLinear().dense(1, 40, 70).source
 
 
-@pytest.mark.parametrize("level", ARM)
-@pytest.mark.parametrize("family", [PortableLinear(), SdotLinear()], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    ("family", "level"),
+    [(PortableLinear(), "sdot"), (PortableLinear(), "neon"), (SdotLinear(), "sdot")],
+    ids=["portable-sdot", "portable-neon", "sdot"],
+)
 def test_arm_code_is_vector_code_without_libm(family: AbstractLinearKernels, level: str) -> None:
-    if family.name == "arm-sdot" and level == "neon":
-        pytest.skip("needs the dot product")
     target: dict[str, object] = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", **ARM[level]}
     kernels = (
-        family.quantize(7, 70),
-        family.dense(7, 43, 70, "gelu,add"),
-        family.low_rank(7, 43, 200, 96, 160, "silu"),
+        family.quantize(3, 70),
+        family.dense(2, 16, 70, "gelu,silu,tanh"),
+        family.low_rank(2, 23, 200, 96, 160),
     )
     for kernel in kernels:
         code = machine_code(kernel, target)
@@ -321,7 +318,9 @@ def test_arm_code_is_vector_code_without_libm(family: AbstractLinearKernels, lev
             assert re.search(r"\bsdot\b" if level == "sdot" else r"\bs(mull|mlal)2?\b", code)
 
 
-@pytest.mark.parametrize("family", [*(f for f, _, _ in FAMILIES.values()), SdotLinear()])
+@pytest.mark.parametrize(
+    "family", [*(f for f, _, _ in FAMILIES.values()), SdotLinear()], ids=lambda f: f.name
+)
 def test_packed_arrays_keep_the_weight_file_aligned(family: AbstractLinearKernels) -> None:
     rng = np.random.default_rng(0)
     for n, k in ((1, 1), (10, 27), (17, 65)):
@@ -333,30 +332,34 @@ def test_packed_arrays_keep_the_weight_file_aligned(family: AbstractLinearKernel
             assert array.flags.c_contiguous
 
 
-@pytest.mark.parametrize("family", [*(f for f, _, _ in FAMILIES.values()), SdotLinear()])
+@pytest.mark.parametrize(
+    "family", [*(f for f, _, _ in FAMILIES.values()), SdotLinear()], ids=lambda f: f.name
+)
 def test_kernels_are_deterministic_and_named_apart(family: AbstractLinearKernels) -> None:
     def kernels() -> list[Kernel]:
         return [
-            family.quantize(5, 70),
-            family.dense(5, 43, 70),
-            family.dense(5, 43, 70, "gelu"),
-            family.dense(5, 43, 70, "gelu-tanh,add"),
-            family.dense(5, 43, 70, raw=True),
-            family.low_rank(5, 43, 70, 32, 64),
-            family.low_rank(5, 43, 70, 64, 64),
-            family.low_rank(5, 43, 70, 64, 96, "relu"),
+            family.quantize(2, 70),
+            family.dense(2, 13, 70),
+            family.dense(2, 13, 70, "gelu"),
+            family.dense(2, 13, 70, "gelu-tanh,add"),
+            family.dense(2, 13, 70, raw=True),
+            family.low_rank(2, 13, 70, 32, 64),
+            family.low_rank(2, 13, 70, 64, 64),
+            family.low_rank(2, 13, 70, 64, 96, "relu"),
         ]
 
     assert kernels() == kernels()
     assert len({k.name for k in kernels()}) == 8
-    for kernel in kernels():
+    for kernel in kernels()[:3]:
         attrs = parse_function(kernel.source).attrs
         assert attrs["global_symbol"] == kernel.name
         assert attrs["tirx.noalias"]
         assert attrs["tirx.is_scheduled"]
 
 
-@pytest.mark.parametrize("family", [AmxLinear(), VnniLinear(), PortableLinear()])
+@pytest.mark.parametrize(
+    "family", [AmxLinear(), VnniLinear(), PortableLinear()], ids=lambda f: f.name
+)
 def test_bad_sizes_are_refused(family: AbstractLinearKernels) -> None:
     with pytest.raises(LoweringError, match="m = 0; need at least 1"):
         family.quantize(0, 4)
