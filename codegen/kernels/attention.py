@@ -19,7 +19,7 @@ from t3c.codegen.kernels.vectors import (
 )
 
 UNITS = 16
-"""Parallel units to offer: more than the cores of the devices in mind; heads are split to get there."""
+"""Parallel units to offer; the queries of a head are split where there are fewer heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,8 @@ class _Attention:
             self.pack_keys()
             self.pack_values()
             self.stage_mask()
-            e(
-                f'scores = T.alloc_buffer(({self.rows}, {self.key_vectors * self.v.lanes}), "float32")'
-            )
+            keys = self.key_vectors * self.v.lanes
+            e(f'scores = T.alloc_buffer(({self.rows}, {keys}), "float32")')
             e(f'peaks = T.alloc_buffer(({self.rows}, {self.v.lanes}), "float32")')
             e(f'inverse = T.alloc_buffer(({self.rows},), "float32")')
             with e.block(f"for block in range(T.min({per_chunk}, {self.blocks} - first)):"):
@@ -143,7 +142,7 @@ class _Attention:
         return Kernel(name, e.function(name, arguments), ((out, "float32"),))
 
     def pack_keys(self) -> None:
-        """Kt, for each panel: [head_dim][width * lanes], scaled. Keys past the end repeat the last."""
+        """Kt, for each panel: [head_dim][width * lanes], scaled; past the end the last key."""
         s, e, v = self.shape, self.e, self.v
         n, d = v.lanes, s.head_dim
         e(f'kt = T.alloc_buffer(({self.key_vectors * d * n},), "float32")')
@@ -167,7 +166,10 @@ class _Attention:
                                 at = f"{base} + (dd * {n} + {i}) * {run.width * n} + j * {n}"
                                 e(f"kt[{v.at(at)}] = {column} * {factor}")
                     if d % n:
-                        with e.block(f"for dd, i in T.grid({d % n}, {n}):"):
+                        with (
+                            e.block(f"for dd in range({d % n}):"),
+                            e.block(f"for i in range({n}):"),
+                        ):
                             at = f"{base} + ({d // n * n} + dd) * {run.width * n} + j * {n} + i"
                             source = (
                                 f"T.min({key} + i, {s.kv_len - 1}), kv * {d} + {d // n * n} + dd"
@@ -180,7 +182,10 @@ class _Attention:
         n, full = v.lanes, s.value_dim // v.lanes
         e(f'vp = T.alloc_buffer(({self.value_vectors * s.kv_len * n},), "float32")')
         for run in panels(self.value_vectors, self.widest):
-            with e.block(f"for p, t in T.grid({run.count}, {s.kv_len}):"):
+            with (
+                e.block(f"for p in range({run.count}):"),
+                e.block(f"for t in range({s.kv_len}):"),
+            ):
                 base = e.let(
                     "base",
                     f"({run.first} + p * {run.width}) * {s.kv_len * n} + t * {run.width * n}",
@@ -270,7 +275,7 @@ class _Attention:
         return f"T.min({self.key_vectors}, (s0 + {self.rows - 1}) // {self.v.lanes} + 1)"
 
     def score(self) -> None:
-        """scores = q kt + mask of the block's rows; `peaks`: the maximum for each lane."""
+        """Make scores = q kt + mask of the block's rows; `peaks`: the maximum for each lane."""
         e, v = self.e, self.v
         for i in range(self.rows):
             e(f"peaks[{i}, {v.at(0)}] = {v.splat(MINUS_INFINITY)}")
@@ -328,7 +333,7 @@ class _Attention:
                     e(f"{peak} = T.max({peak}, {x})")
 
     def softmax(self) -> None:
-        """scores = exp(scores - max) in place; `inverse` = 1 / sum."""
+        """Make scores = exp(scores - max) in place; `inverse` = 1 / sum."""
         e, v = self.e, self.v
         with e.block(f"for i in range({self.rows}):"), scope(e):
             total = e.alloc("total", (v.lanes,), "float32")

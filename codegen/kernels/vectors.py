@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from t3c.codegen.kernels.emit import Emitter
 
 EXP2_POLYNOMIAL = (
-    1.0000000355697267,
-    0.6931471764438,
+    1.0000001192092896,
+    0.6931469440460205,
     0.24022120237350464,
     0.05550713092088699,
     0.009675540961325169,
-    0.0013276471989229321,
+    0.001327647129073739,
 )
-"""2**f on [-0.5, 0.5], relative error below 1e-7 in float32. Source: weighted least squares at
-Chebyshev nodes; tests/codegen/kernels/test_softmax.py measures the error."""
+"""2**f on [-0.5, 0.5], least largest relative error 7.5e-8. Source: Lawson's iteration on 4001
+Chebyshev nodes, rounded to float32; the tests measure the error of exp."""
 LOG2_E = 1.4426950408889634
 ROUNDER = 12582912.0
 """1.5 * 2**23: adding it rounds a float32 to the nearest integer, held in the low mantissa bits."""
@@ -84,9 +84,9 @@ class Vectors:
         return self.fold(e, value, lambda a, b: f"T.max({a}, {b})")
 
     def exp(self, e: Emitter, x: str) -> str:
-        """exp(x) for x <= 88 to 1e-6, relative; below the normal range the smallest normal.
+        """The exponential for x <= 88, relative error 5e-7 at |x| <= 20 and 1.4e-6 at -87.
 
-        NaN stays NaN.
+        Below the normal range it gives the smallest normal; NaN stays NaN.
         """
         n = self.lanes
         low = self.const(SMALLEST)
@@ -107,7 +107,7 @@ class Vectors:
         return value
 
     def transpose(self, e: Emitter, rows: Sequence[str]) -> list[str]:
-        """`lanes` vectors of `lanes` elements, transposed, by log2(lanes) rounds of interleaving."""
+        """A square of `lanes` vectors, transposed by log2(lanes) rounds of interleaving."""
         n = self.lanes
         low = [i // 2 + n * (i % 2) for i in range(n)]
         high = [i + n // 2 for i in low]

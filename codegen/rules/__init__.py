@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from t3c.codegen.rules import block_by_block, rows
+from t3c.codegen.rules import block_by_block, products, rows
 from t3c.codegen.rules.program import Program, read
 from t3c.codegen.tvm_api import tvm
 from t3c.targets.base import TargetSpec
@@ -18,7 +18,7 @@ __all__ = ["RULES", "schedule", "schedule_module"]
 log = logging.getLogger(__name__)
 Rule = Callable[[Program, TargetSpec], Any]
 """The scheduled function, or None: not mine."""
-RULES: tuple[Rule, ...] = (rows.schedule, block_by_block.schedule)
+RULES: tuple[Rule, ...] = (products.schedule, rows.schedule, block_by_block.schedule)
 
 
 def schedule_module(mod: Any, spec: TargetSpec) -> Any:

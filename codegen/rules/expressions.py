@@ -78,6 +78,11 @@ def is_costly(expr: Any) -> bool:
     return any(isinstance(e, tvm.ir.Call) and e.op.name in polynomials.COSTLY for e in walk(expr))
 
 
+def is_guarded(expr: Any) -> bool:
+    """Whether an expression reads only where a condition holds."""
+    return any(isinstance(e, tvm.ir.Call) and e.op.name == "tirx.if_then_else" for e in walk(expr))
+
+
 @dataclass(slots=True)
 class Rewriter:
     """Rebuilds expressions.
@@ -85,11 +90,13 @@ class Rewriter:
     Attributes:
         values: What to put for each variable.
         places: What to put for each buffer: the new buffer, and how many leading indices to drop.
+        reads: What to put for every read of a buffer.
         polynomials: Whether to put polynomials for calls of the mathematics library.
     """
 
     values: Mapping[Any, Any] = field(default_factory=dict)
     places: Mapping[Any, tuple[Any, int]] = field(default_factory=dict)
+    reads: Mapping[Any, Any] = field(default_factory=dict)
     polynomials: bool = True
 
     def __call__(self, expr: Any) -> Any:
@@ -97,6 +104,8 @@ class Rewriter:
         if isinstance(expr, tirx.Var):
             return self.values.get(expr, expr)
         if isinstance(expr, Load):
+            if expr.source in self.reads:
+                return self.reads[expr.source]
             indices = [self(i) for i in expr.indices]
             buffer, dropped = self.places.get(expr.source, (expr.source, 0))
             return tirx.BufferLoad(buffer, (indices[dropped:] or [0]) if dropped else indices)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t3c.codegen.rules.expressions import Load, Rewriter, is_costly, loads, stride
+from t3c.codegen.rules.expressions import Rewriter, is_costly, is_guarded, loads, stride
 from t3c.codegen.rules.polynomials import fma
 from t3c.codegen.rules.program import Axis, Block
 from t3c.codegen.tvm_api import tvm
@@ -270,8 +270,86 @@ class Writer:
         clear = tirx.BufferStore(total, block.init, [0])
         return scope(sequence([clear, step, self.store(block, point, whole)]), [total])
 
+    def turned(self, block: Block) -> Any | None:
+        """A block that reads along one axis and writes along another, square by square.
+
+        Each square of the source is read by lines into scratch, and from there across: read across
+        at once, lines of a large matrix would throw each other out of the cache. None: no such
+        block.
+        """
+        found = crossed(block, self.width)
+        if found is None:
+            return None
+        load, along = found
+        width, last = self.width, block.spatial[-1]
+        others = [a for a in block.spatial if a is not along and a is not last]
+        full = along.extent // width
+        squares = Axis(tirx.Var("square", "int64"), full, False)
+        kind = "PARALLEL" if work(block) >= PARALLEL_WORK else "SERIAL"
+
+        def strip(values: Values) -> Any:
+            first = values[squares.var] * width
+
+            def square(c: Any) -> Any:
+                stage = scratch([width, width], load.source.dtype, "stage")
+                fetch = loop(
+                    width,
+                    lambda i: lanes(
+                        width,
+                        lambda t: tirx.BufferStore(
+                            stage,
+                            self.at(
+                                load, {**values, along.var: first + t, last.var: c * width + i}
+                            ),
+                            [i, t],
+                        ),
+                    ),
+                    "UNROLLED",
+                )
+
+                def line(t: Any) -> Any:
+                    def one(i: Any) -> Any:
+                        at = {**values, along.var: first + t, last.var: c * width + i}
+                        cell = tirx.BufferLoad(stage, [i, t])
+                        term = Rewriter(at, self.places, {load.source: cell})(block.term)
+                        return self.store(block, at, term)
+
+                    return lanes(width, one)
+
+                return scope(sequence([fetch, loop(width, line, "UNROLLED")]), [stage])
+
+            parts = [loop(last.extent // width, square, name="c")]
+            if last.extent % width:
+                rest = last.extent // width * width
+
+                def tail(t: Any) -> Any:
+                    def one(i: Any) -> Any:
+                        at = {**values, along.var: first + t, last.var: i + rest}
+                        return self.store(block, at, self.value(block, at))
+
+                    return loop(last.extent - rest, one)
+
+                parts.append(loop(width, tail, name="t"))
+            return sequence(parts)
+
+        parts = [fused([*others, squares], {}, strip, kind)]
+        if along.extent % width:
+            start = full * width
+
+            def rest(t: Any) -> Any:
+                return self.write(block, {along.var: t + start})
+
+            parts.append(loop(along.extent - start, rest, name="t"))
+        return sequence(parts)
+
+    def at(self, load: Any, values: Values) -> Any:
+        """A read at a point."""
+        return Rewriter(values, self.places)(load)
+
     def threads(self, block: Block) -> Any:
         """All points of a block, the outer axes in parallel where the work is worth it."""
+        if (turned := self.turned(block)) is not None:
+            return turned
         spatial = block.spatial
         limit = len(spatial) - 1
         if limit < 1 or work(block) < PARALLEL_WORK:
@@ -283,6 +361,26 @@ class Writer:
             if units >= UNITS:
                 break
         return fused(outer, {}, lambda values: self.write(block, values), "PARALLEL")
+
+
+def crossed(block: Block, width: int) -> tuple[Any, Axis] | None:
+    """The read of a block that is contiguous along another axis than the write, and that axis."""
+    found = loads(block.term)
+    if block.combine is not None or not block.spatial or is_guarded(block.term):
+        return None
+    last = block.spatial[-1]
+    if last.extent < width:
+        return None
+    analyzer = block.analyzer()
+    for load in found:
+        if stride(load, last.var, analyzer) in (0, 1) or any(
+            other is not load and other.source.same_as(load.source) for other in found
+        ):
+            continue
+        for axis in block.spatial[:-1]:
+            if axis.extent >= width and stride(load, axis.var, analyzer) == 1:
+                return load, axis
+    return None
 
 
 def combine(block: Block, sofar: Any, term: Any) -> Any:
@@ -326,13 +424,3 @@ def reach(block: Block, axis: Axis) -> float:
     if not axis.reduce:
         contiguous += stride((block.buffer, block.indices), axis.var, analyzer) == 1
     return contiguous * min(1.0, axis.extent / 8)
-
-
-def written(blocks: Sequence[Block]) -> list[Any]:
-    """The buffers that blocks write."""
-    return [b.buffer for b in blocks]
-
-
-def reads(block: Block) -> list[Any]:
-    """The accesses of a block."""
-    return [e for e in loads(block.term) if isinstance(e, Load)]

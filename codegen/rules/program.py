@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t3c.codegen.rules.expressions import Load, Rewriter, is_costly, loads, walk
+from t3c.codegen.rules.expressions import Load, Rewriter, is_costly, is_guarded, loads, walk
 from t3c.codegen.tvm_api import tvm
 
 tirx = tvm.tirx
@@ -213,15 +213,11 @@ def _worth(block: Any, users: Sequence[Any]) -> bool:
         wider = _points(user) > _points(block)
         if is_costly(block.body.value) and (wider or reduces):
             return False
-        if reduces and _is_guarded(block.body.value):
+        if reduces and is_guarded(block.body.value):
             return False
     if is_costly(block.body.value) and uses > 1:
         return False
     return size * max(uses, 1) <= LARGEST
-
-
-def _is_guarded(expr: Any) -> bool:
-    return any(isinstance(e, tvm.ir.Call) and e.op.name == "tirx.if_then_else" for e in walk(expr))
 
 
 def _points(block: Any) -> int:
