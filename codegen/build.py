@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from t3c.codegen import cuda
 from t3c.codegen.expand import ProfileBuilder
 from t3c.codegen.families import families_of
+from t3c.codegen.finish import finish
+from t3c.codegen.generic import GenericBuilder
 from t3c.codegen.import_graph import import_program
 from t3c.codegen.rules import schedule_module
 from t3c.codegen.tvm_api import relax, tvm
@@ -95,9 +98,11 @@ def build(
     target = tvm_target(spec)
     skeleton = import_program(program, spec)
     say("schedule float operators", 1, steps)
-    skeleton.module = _lower_floats(skeleton.module, spec, target)
     store = WeightStore(sites, codes, families_of(spec))
-    writer = ProfileBuilder(skeleton, store)
+    generic = spec.linear == "generic"  # sites are float operators too: schedule them afterwards
+    if not generic:
+        skeleton.module = _lower_floats(skeleton.module, spec, target)
+    writer = GenericBuilder(skeleton, store) if generic else ProfileBuilder(skeleton, store)
     weights: dict[str, tuple[str, ...]] = {}
     for i, (name, formats) in enumerate(profiles.items()):
         say(f"profile {name}", 2 + i, steps)
@@ -108,9 +113,17 @@ def build(
     try:
         # LLVM finds common subexpressions itself; TVM's pass took 70 % of the compile time.
         with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
-            executable = relax.build(
-                writer.module(), target=target, relax_pipeline=_finish(planned, target)
-            )
+            module = writer.module()
+            if generic:
+                module = _lower_floats(module, spec, target)
+            if spec.kind == "cuda":
+                executable: Any = cuda.compile_module(
+                    module, target, planned, None if is_host(spec) else spec.cross_compiler
+                )
+            else:
+                executable = relax.build(
+                    module, target=target, relax_pipeline=finish(planned, target)
+                )
     except (RuntimeError, ValueError) as error:
         raise LoweringError(f"TVM cannot build the library for {spec.name!r}: {error}") from error
     say("done", steps, steps)
@@ -163,57 +176,7 @@ def _lower_floats(module: Any, spec: TargetSpec, target: Any) -> Any:
                 relax.transform.DeadCodeElimination(),
             ]
         )(module)
-        return schedule_module(fused, spec)
-
-
-def _finish(planned: dict[str, int], target: Any) -> Any:
-    """What remains after expansion; notes the planned activation bytes of each function."""
-
-    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
-    def count(module: Any, _: Any) -> Any:
-        planned.update(
-            (gv.name_hint, _planned_bytes(f))
-            for gv, f in module.functions_items()
-            if isinstance(f, relax.Function)
-        )
-        return module
-
-    passes: Sequence[Any] = [
-        relax.transform.ToNonDataflow(),
-        relax.transform.RemovePurityChecking(),
-        relax.transform.CallTIRRewrite(),
-        relax.transform.StaticPlanBlockMemory(),
-        count,
-        relax.transform.LowerAllocTensor(),
-        relax.transform.KillAfterLastUse(),
-        relax.transform.LowerRuntimeBuiltin(),
-        relax.transform.ComputePrimValue(),
-        relax.transform.VMShapeLower(),
-        relax.transform.AttachGlobalSymbol(),
-    ]
-
-    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
-    def pipeline(module: Any, _: Any) -> Any:
-        with target:
-            return tvm.transform.Sequential(list(passes))(module)
-
-    return pipeline
-
-
-def _planned_bytes(function: Any) -> int:
-    """Sum of the storages that the memory planner allocates for one call."""
-    total = 0
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if not isinstance(call, relax.Call) or not isinstance(call.op, tvm.ir.Op):
-                continue
-            if call.op.name == "relax.memory.alloc_storage":
-                total += int(call.args[0].values[0])
-            elif call.op.name == "relax.builtin.alloc_tensor":
-                shape, dtype = call.args[0].values, call.args[1].value
-                total += int(np.prod([int(n) for n in shape])) * np.dtype(str(dtype)).itemsize
-    return total
+        return cuda.schedule(fused) if spec.kind == "cuda" else schedule_module(fused, spec)
 
 
 def _storage(store: WeightStore, names: Sequence[str], formats: Mapping[str, Format]) -> int:

@@ -68,7 +68,7 @@ class ProfileBuilder:
         )
         with self.builder.function(name, [*inputs, weights]):
             with self.builder.dataflow():
-                body = _Body(self, names, weights, formats)
+                body = self.body(names, weights, formats)
                 for old, new in zip(main.params, inputs, strict=False):
                     body.bind(old, new)
                 for param in shared:
@@ -84,6 +84,16 @@ class ProfileBuilder:
             self.builder.emit_func_output(result)
         return tuple(names)
 
+    def body(self, names: list[str], weights: Any, formats: Mapping[str, Format]) -> "Body":
+        """What writes the dataflow block of a function.
+
+        Args:
+            names: Tensors of `weights`, in order.
+            weights: The function's last parameter.
+            formats: Site name -> format.
+        """
+        return Body(self, names, weights, formats)
+
     def kernel(self, kernel: Kernel) -> Any:
         """The kernel's global variable; parsed and added on first use."""
         if kernel.name not in self.kernels:
@@ -92,12 +102,13 @@ class ProfileBuilder:
         return self.kernels[kernel.name]
 
 
-class _Body:
+class Body:
     """The dataflow block of one profile's function while it is written."""
 
     def __init__(
         self, owner: ProfileBuilder, names: list[str], weights: Any, formats: Mapping[str, Format]
     ) -> None:
+        """See `ProfileBuilder.body`."""
         self.owner = owner
         self.builder = owner.builder
         self.index = {name: i for i, name in enumerate(names)}
@@ -109,12 +120,15 @@ class _Body:
         self.taps: list[Any] = []
 
     def bind(self, old: Any, new: Any) -> None:
+        """Let a variable of the skeleton stand for a new expression."""
         self.values[old] = new
 
     def value(self, expr: Any) -> Any:
+        """An expression of the skeleton, in new variables."""
         return substitute(expr, self.values)
 
     def weight(self, name: str) -> Any:
+        """A tensor of the weight file."""
         if name not in self.loaded:
             item = relax.TupleGetItem(self.weights, self.index[name])
             self.loaded[name] = self.builder.emit(item)
@@ -136,9 +150,9 @@ class _Body:
             fmt = self.formats[what.site]
             self.taps.append(args[0])
             if isinstance(site, LinearSite):
-                result = self._linear(site, fmt, what, args)
+                result = self.linear(site, fmt, what, args)
             else:
-                result = self._conv(site, fmt, what, args)
+                result = self.conv(site, fmt, what, args)
         self.bind(binding.var, result)
 
     def call(self, kernel: Kernel, args: list[Any]) -> Any:
@@ -148,6 +162,7 @@ class _Body:
         return self.builder.emit(relax.call_tir(self.owner.kernel(kernel), args, out))
 
     def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """The tensor in another shape."""
         if tuple(int(n) for n in x.ty.shape.values) == shape:
             return x
         return self.builder.emit(relax.op.reshape(x, shape))
@@ -166,7 +181,8 @@ class _Body:
         shaped = [self.reshape(a, s) for a, s in zip(args, what.shapes, strict=True)]
         return self.reshape(self.call(what.kernel, shaped), what.out_shape)
 
-    def _linear(self, site: LinearSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
+    def linear(self, site: LinearSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
+        """One call of an elastic linear layer: x and, if the epilogue adds one, the residual."""
         family = self.owner.store.families.linear
         m = prod(what.out_shape[:-1])
         codes = self.quantize(args[0], family.quantize(m, site.k), (m, site.k))
@@ -180,26 +196,27 @@ class _Body:
         y = self.call(kernel, [*codes, *weights, *extra])
         return self.reshape(y, what.out_shape)
 
-    def _conv(self, site: ConvSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
+    def conv(self, site: ConvSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
+        """One call of an elastic convolution: x and, if the epilogue adds one, the residual."""
         store = self.owner.store
         family = store.families.conv
-        batch, _, *size = (int(n) for n in args[0].ty.shape.values)
-        here = replace(
-            site,
-            batch=batch,
-            in_size=(size[0], size[1]),
-            out_size=(what.out_shape[2], what.out_shape[3]),
-        )
         names = store.names(site.name, fmt)
         y = args[0]
-        for step in conv_steps(here, store.codes[site.name], fmt):
-            shape = (batch, step.shape.in_channels, *step.shape.in_size)
+        for step in conv_steps(called(site, y, what), store.codes[site.name], fmt):
+            shape = (step.shape.batch, step.shape.in_channels, *step.shape.in_size)
             codes = self.quantize(y, family.quantize(step.shape), shape)
             weights = [self.weight(n) for n in names if n.startswith(f"{site.name}:{step.part}.")]
-            inputs, epilogue = ([*weights, *args[1:]], what.epilogue) if step.last else (weights, "")
+            extra, epilogue = (args[1:], what.epilogue) if step.last else ([], "")
             kernel = family.conv(step.shape, step.channels_max, epilogue)
-            y = self.call(kernel, [*codes, *inputs])
+            y = self.call(kernel, [*codes, *weights, *extra])
         return self.reshape(y, what.out_shape)
+
+
+def called(site: ConvSite, x: Any, what: SiteCall) -> ConvSite:
+    """The site with the sizes of one call."""
+    batch, _, *size = (int(n) for n in x.ty.shape.values)
+    out = (what.out_shape[2], what.out_shape[3])
+    return replace(site, batch=batch, in_size=(size[0], size[1]), out_size=out)
 
 
 def _opaque_key(call: Any) -> str | None:
@@ -207,4 +224,3 @@ def _opaque_key(call: Any) -> str | None:
     if isinstance(call, relax.Call) and getattr(call.op, "name", "") == "relax.call_dps_packed":
         return str(call.args[0].global_symbol)
     return None
-

@@ -12,11 +12,13 @@ LINEAR = {
     "x86-amx": "t3c.codegen.kernels.linear_amx:AmxLinear",
     "x86-vnni": "t3c.codegen.kernels.linear_vnni:VnniLinear",
     "portable": "t3c.codegen.kernels.linear_portable:PortableLinear",
+    "generic": "t3c.codegen.generic:GenericLinear",
 }
 CONV = {
     "x86-amx": "t3c.codegen.kernels.conv_amx:AmxConv",
     "x86-vnni": "t3c.codegen.kernels.conv_vnni:VnniConv",
     "portable": "t3c.codegen.kernels.conv_portable:PortableConv",
+    "generic": "t3c.codegen.generic:GenericConv",
 }
 
 
@@ -26,6 +28,11 @@ def families_of(spec: TargetSpec) -> Families:
     Raises:
         TargetError: The target names a family that does not exist.
     """
+    if (spec.linear == "generic") != (spec.conv == "generic"):
+        raise TargetError(
+            f"target {spec.name!r}: linear is {spec.linear!r} and conv is {spec.conv!r}; 'generic' "
+            "goes with 'generic' only"
+        )
     linear = cast(
         type[AbstractLinearKernels],
         resolve(LINEAR, spec.linear, "linear kernel family", TargetError),

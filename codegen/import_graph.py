@@ -1,4 +1,4 @@
-"""ExportedProgram to Relax: TVM's importer for the network, opaque calls for what T3C has kernels for.
+"""ExportedProgram to Relax: TVM's importer for the network, opaque calls where T3C has kernels.
 
 An opaque call is a `call_dps_packed` whose name is a key into `Skeleton.opaque`. It survives
 legalization and fusion untouched; `expand.py` replaces it, profile by profile, by kernel calls.
@@ -6,7 +6,6 @@ legalization and fusion untouched; `expand.py` replaces it, profile by profile, 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.export.graph_signature import InputKind
 
+from t3c.codegen import generic_ops
 from t3c.codegen.kernels.attention import attention
 from t3c.codegen.kernels.family import Kernel
 from t3c.codegen.tvm_api import from_exported_program, relax
@@ -168,10 +168,14 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         call = KernelCall(kernel, shapes, _shape(node))
         return emit(importer, "attention", call, [importer.env[a] for a in args])
 
+    def generic_attend(node: torch.fx.Node, importer: Any) -> Any:
+        args = [importer.env[a] if isinstance(a, torch.fx.Node) else a for a in node.args]
+        return generic_ops.attention(importer.block_builder, *args)
+
     return {
         "site_linear.default": site,
         "site_conv.default": site,
-        "attention.default": attend,
+        "attention.default": generic_attend if spec.linear == "generic" else attend,
     }
 
 

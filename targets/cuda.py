@@ -12,8 +12,8 @@ SM80 = TargetSpec(
     mattr=(),
     arch="sm_80",
     features=frozenset({"avx2", "fma"}),
-    linear="cuda",
-    conv="cuda",
+    linear="generic",
+    conv="generic",
     rank_step=16,
     vector=4,
     # Not measured: a twentieth of the A100's paper peak of int8, which dp4a kernels of small
