@@ -12,17 +12,23 @@ from numpy.typing import NDArray
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend.torch import from_exported_program
+from tvm.script import tirx as script
+from tvm.script.ir_builder.base import IRBuilder
+from tvm.tirx.script import builder
 
 from t3c.codegen.kernels.family import Kernel
 from t3c.core.errors import LoweringError
 
 __all__ = [
+    "IRBuilder",
+    "builder",
     "compile_source",
     "from_exported_program",
     "make_target",
     "parse_function",
     "relax",
     "runner",
+    "script",
     "substitute",
     "tvm",
 ]
