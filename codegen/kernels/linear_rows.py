@@ -175,10 +175,10 @@ class Product:
         for i, names in enumerate(accs):
             for p, name in enumerate(names):
                 e(f"{block}[{i}, {lanes(p * part, part)}] = {name}[{lanes(0, part)}]")
-        with e.loop("i", len(accs)) as i:
+        with e.loop("i", len(accs)) as line:
             for j, some in enumerate(valid):
-                value = f"{block}[{i}, {lanes(j * LANES)}]"
-                at = e.let("at", f"{row} + {i}")
+                value = f"{block}[{line}, {lanes(j * LANES)}]"
+                at = e.let("at", f"{row} + {line}")
                 self.finish.write(e, rest, value, at, f"{panel} + {j}", hoisted[j], some)
 
     def _line(
