@@ -60,6 +60,9 @@ PARITY_INPUTS = 2
 """Calibration inputs on which every profile is proved."""
 WARMUP = 5
 """Calls before the timed ones."""
+TIMING_SECONDS = 20.0
+"""All profiles together are timed no longer than this, but at least `LEAST_CALLS` times."""
+LEAST_CALLS = 20
 OBSERVED_INPUTS = 16
 """Calibration inputs on which the drift of every profile is observed."""
 
@@ -125,8 +128,8 @@ def lower(
         exclude: See `elasticize`.
         conv: See `elasticize`.
         plan_seconds: Time for calibration and damage table; None: the planner's default.
-        calls: Timed calls per profile where this machine can run the library; 0: none, and the
-            profiles keep their predicted times.
+        calls: Most timed calls per profile where this machine can run the library, fewer where
+            they take long; 0: none, and the profiles keep their predicted times.
         progress: Called with (what, done, total).
         say: Told every assumption, a line each; None: standard error.
 
@@ -406,7 +409,11 @@ def _timed(
     if progress is not None:
         progress("time profiles", 0, 1)
     names = [c.profile.name for c in manifest.profiles]
-    samples = session.samples(names, _named(manifest, batch), calls, WARMUP)
+    inputs = _named(manifest, batch)
+    trial = session.samples(names, inputs, 2, WARMUP)
+    each = sum(min(seconds) for seconds in trial.values())
+    rounds = max(min(calls, LEAST_CALLS), min(calls, int(TIMING_SECONDS / each)))
+    samples = session.samples(names, inputs, rounds, 0)
     timed = [
         replace(c, profile=replace(c.profile, latency=summarize(samples[c.profile.name])))
         for c in manifest.profiles
