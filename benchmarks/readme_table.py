@@ -1,6 +1,6 @@
 """Write the profile table of README.md from the demo's recorded run.
 
-    python benchmarks/readme_table.py [benchmarks/demo_minilm.json]
+Usage: python benchmarks/readme_table.py [benchmarks/demo_minilm.json]
 """
 
 import json

@@ -60,7 +60,8 @@ class _Builder(ast.NodeTransformer):
         if isinstance(frame.func, ast.Name) and frame.func.id == "range":
             start = [] if len(frame.args) > 1 else [ast.Constant(0)]
             frame = ast.Call(_attribute("serial"), [*start, *frame.args], [])
-        item = ast.withitem(_call("loop", ast.Constant(tuple(names)), frame), node.target)
+        listed = ast.Tuple([ast.Constant(name) for name in names], ast.Load())
+        item = ast.withitem(_call("loop", listed, frame), node.target)
         return ast.With([item], self._body(node.body))
 
     def visit_If(self, node: ast.If) -> Any:

@@ -1,4 +1,4 @@
-"""The weight file of an artifact: every tensor that some profile reads, packed once, shared by all."""
+"""The weight file of an artifact: every tensor that some profile reads, packed once and shared."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -83,7 +83,8 @@ def run(threads: int, out: Path, target: str, rounds: int) -> None:
     tell(f"{artifact.manifest} at {artifact.path}")
 
     torch.backends.quantized.engine = "onednn"  # the fast one; the default runs at fp32 speed
-    int8: Any = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    int8: Any = quantize(model, {torch.nn.Linear}, torch.qint8)
     texts = [tokens(text) for pair in held_out for text in pair]
     contestants: dict[str, Callable[..., Any]] = {"torch fp32": model, "torch int8": int8}
     contestants |= dict(session.variants)
@@ -100,7 +101,9 @@ def run(threads: int, out: Path, target: str, rounds: int) -> None:
     seconds = _interleaved(contestants, calibration[: min(8, len(calibration))], rounds)
     tell(f"timed {rounds} rounds on {threads} thread(s)")
 
-    costs = {p.name: (p.storage_bytes / 1e6, p.ram_bytes / 1e6) for p in session.profiles}
+    costs: dict[str, tuple[float, float | None]] = {
+        p.name: (p.storage_bytes / 1e6, p.ram_bytes / 1e6) for p in session.profiles
+    }
     costs |= {n: (_megabytes(contestants[n]), None) for n in ("torch fp32", "torch int8")}
     rows = [
         _row(name, costs[name], seconds, embedded[name], embedded["torch fp32"])

@@ -18,11 +18,11 @@ MODULES = (
     "http.client http.cookiejar http.server imaplib importlib inspect io ipaddress itertools json "
     "linecache locale logging lzma mailbox mimetypes multiprocessing numbers operator os pathlib "
     "pdb pickle pickletools platform plistlib poplib pprint profile queue random re sched secrets "
-    "selectors shelve shlex shutil signal smtplib socket socketserver sqlite3 ssl statistics string "
-    "struct subprocess symtable sysconfig tarfile tempfile textwrap threading timeit token tokenize "
-    "trace traceback types typing unicodedata unittest unittest.mock urllib.parse urllib.request "
-    "urllib.robotparser uuid warnings weakref webbrowser xml.dom.minidom xml.etree.ElementTree "
-    "xml.sax xmlrpc.client zipapp zipfile zoneinfo"
+    "selectors shelve shlex shutil signal smtplib socket socketserver sqlite3 ssl statistics "
+    "string struct subprocess symtable sysconfig tarfile tempfile textwrap threading timeit token "
+    "tokenize trace traceback types typing unicodedata unittest unittest.mock urllib.parse "
+    "urllib.request urllib.robotparser uuid warnings weakref webbrowser xml.dom.minidom "
+    "xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zoneinfo"
 ).split()
 WORDS = 24
 """Shortest docstring that is kept, in words."""

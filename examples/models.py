@@ -84,4 +84,6 @@ def tinyllama_2() -> Built:
     return _ready(tr.LlamaForCausalLM(config)), _text(32000)[:1]
 
 
-ALL = {f.__name__: f for f in (minilm, resnet50, vit_b16, bert_base, distilbert, swin_t, tinyllama_2)}
+ALL = {
+    f.__name__: f for f in (minilm, resnet50, vit_b16, bert_base, distilbert, swin_t, tinyllama_2)
+}

@@ -101,7 +101,7 @@ class _Attention:
     def name(self) -> str:
         s = self.shape
         sizes = (s.batch, s.heads, s.kv_heads, s.q_len, s.kv_len, s.head_dim, s.value_dim)
-        mask = () if self.mask is None else ("mask", *self.mask)
+        mask: tuple[str | int, ...] = () if self.mask is None else ("mask", *self.mask)
         scale = f"{self.scale:.9g}".replace(".", "p").replace("+", "")
         causal = "causal" if self.causal else ""
         return kernel_name("attention", *sizes, "s", scale, *mask, causal, f"v{self.v.lanes}")

@@ -1,7 +1,8 @@
 """What a kernel family promises: the shape of its kernels' arguments and the packing of weights.
 
-The pipeline calls kernels through `relax.call_tir`: a kernel's arguments are its inputs in the order
-stated here, then its outputs. All shapes are static. Every kernel works for every m, n, k >= 1.
+The pipeline calls kernels through `relax.call_tir`: a kernel's arguments are its inputs in the
+order stated here, then its outputs. All shapes are static. Every kernel works for every
+m, n, k >= 1.
 """
 
 from abc import ABC, abstractmethod
@@ -121,7 +122,7 @@ class AbstractConvKernels(ABC):
         *,
         raw: bool = False,
     ) -> Kernel:
-        """(codes, scales, *pack, [residual [batch, out, oh, ow] f32]) -> y [batch, out, oh, ow] f32.
+        """(codes, scales, *pack, [residual f32, as y]) -> y [batch, out, oh, ow] f32.
 
         `channels_max` is (out_max, in_max) of the packed weights; None: exactly the shape's.
         """

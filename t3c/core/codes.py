@@ -1,6 +1,7 @@
 """Integer weights of one site, as the factorizers make them and the kernels pack them.
 
-All codes are symmetric int8 in [-127, 127] with one float32 scale per output row: w ~ q * scale[:, None].
+All codes are symmetric int8 in [-127, 127] with one float32 scale per output row:
+w ~ q * scale[:, None].
 The codes of the first components equal those of an export at that rank: a profile only slices.
 """
 
@@ -26,7 +27,9 @@ class Matrix:
     def __post_init__(self) -> None:
         """Refuse other dtypes and a scale of the wrong length."""
         if self.q.dtype != np.int8 or self.scale.dtype != np.float32:
-            raise TypeError(f"need int8 codes and float32 scales, got {self.q.dtype}, {self.scale.dtype}")
+            raise TypeError(
+                f"need int8 codes and float32 scales, got {self.q.dtype}, {self.scale.dtype}"
+            )
         if self.scale.shape != self.q.shape[:1]:
             raise ValueError(f"scale {self.scale.shape} does not fit codes {self.q.shape}")
 
@@ -71,7 +74,7 @@ class SiteCodes:
 
 
 def quantize_weight(w: NDArray[np.floating]) -> Matrix:
-    """Symmetric int8 per output row, to the nearest code: scale = max|w| / 127 (1 where a row is zero).
+    """Symmetric int8 per output row, to the nearest code: scale = max|w| / 127, of a zero row 1.
 
     Args:
         w: [rows, ...] weight.

@@ -39,7 +39,9 @@ class InfeasibleBudget(T3CError):
         minimum: The smallest feasible budget: component name -> value in the unit of the name.
     """
 
-    def __init__(self, message: str, failing: tuple[str, ...], minimum: Mapping[str, float]) -> None:
+    def __init__(
+        self, message: str, failing: tuple[str, ...], minimum: Mapping[str, float]
+    ) -> None:
         """Keep the failing components and the smallest feasible budget beside the message."""
         super().__init__(message)
         self.failing = failing

@@ -1,4 +1,4 @@
-"""The elastic operators in numpy: the contract between graph rewrite, fake quantization and kernels.
+"""The elastic operators in numpy: what graph rewrite, fake quantization and kernels agree on.
 
 Every kernel's integer accumulators equal these exactly; its float output agrees to rounding.
 
@@ -39,7 +39,8 @@ def activate(y: F32, epilogue: str, residual: F32 | None = None) -> F32:
                 y = np.maximum(y, np.float32(0))
             case "gelu":
                 erf = np.vectorize(math.erf, otypes=[np.float32])
-                y = (y * np.float32(0.5) * (1 + erf(y / np.float32(math.sqrt(2))))).astype(np.float32)
+                gate: F32 = (1 + erf(y / np.float32(math.sqrt(2)))).astype(np.float32)
+                y = y * np.float32(0.5) * gate
             case "gelu-tanh":
                 inner = np.float32(math.sqrt(2 / math.pi)) * (y + np.float32(0.044715) * y**3)
                 y = np.float32(0.5) * y * (1 + np.tanh(inner))
@@ -65,14 +66,14 @@ def linear_accumulators(x: F32, w: Matrix) -> NDArray[np.int32]:
 
 
 def linear(x: F32, w: Matrix, bias: F32 | None = None) -> F32:
-    """x [rows, k] through one int8 product: [rows, n]."""
+    """One int8 product: x [rows, k] -> [rows, n]."""
     _, scale = quantize(x, (1,))
     y = linear_accumulators(x, w).astype(np.float32) * (scale * w.scale[None, :])
     return y if bias is None else y + bias
 
 
 def low_rank(x: F32, low: Matrix, high: Matrix, bias: F32 | None = None) -> F32:
-    """x [rows, k] through two thin int8 products; the middle is quantized per row again."""
+    """Two thin int8 products of x [rows, k]; the middle is quantized per row again."""
     return linear(linear(x, low), high, bias)
 
 
@@ -84,7 +85,7 @@ def conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
 ) -> F32:
-    """x [batch, in, height, width] through one int8 convolution, one activation scale per image."""
+    """One int8 convolution of x [batch, in, height, width], one activation scale per image."""
     q, scale = quantize(x, (1, 2, 3))
     kh, kw = w.q.shape[2:]
     p = np.pad(q.astype(np.int64), ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))

@@ -1,4 +1,4 @@
-"""Profiles: one choice of format for every site, its costs with labels, and the nested chain of them."""
+"""Profiles: a format for every site, labelled costs, and the nested chain of them."""
 
 import math
 from collections.abc import Iterator, Mapping

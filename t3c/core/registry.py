@@ -1,4 +1,4 @@
-"""Registries: a name maps to "module:ATTRIBUTE", resolved on use, so that listing imports nothing."""
+"""Registries: a name maps to "module:ATTRIBUTE", resolved on use; listing imports nothing."""
 
 from collections.abc import Mapping
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The conversion report: one row for every node that could have become elastic, and why it did not."""
+"""The conversion report: every node that could have become elastic, and why some did not."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -44,5 +44,6 @@ class ConversionReport:
         """Counts, then every row that was not rewritten, with its reason."""
         counts = {o: len(self.of(o)) for o in ("rewritten", "kept", "skipped")}
         lines = [", ".join(f"{n} {o}" for o, n in counts.items())]
-        lines += [f"  {r.outcome} {r.op} {r.where}: {r.reason}" for r in self.rows if r.outcome != "rewritten"]
+        others = [r for r in self.rows if r.outcome != "rewritten"]
+        lines += [f"  {r.outcome} {r.op} {r.where}: {r.reason}" for r in others]
         return "\n".join(lines)

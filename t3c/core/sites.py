@@ -1,4 +1,4 @@
-"""A site is one elastic layer of the user's model: where it is, its shape, what each format costs."""
+"""A site is one elastic layer of the user's model: its place, its shape, its formats' costs."""
 
 from dataclasses import dataclass
 
@@ -92,7 +92,9 @@ class ConvSite:
             case LowRank() if self.pointwise:
                 return fmt.rank * (self.in_channels + self.out_channels)
             case LowRank():
-                raise ValueError(f"site {self.name!r} has a {self.kernel} window; lowrank needs 1x1")
+                raise ValueError(
+                    f"site {self.name!r} has a {self.kernel} window; lowrank needs 1x1"
+                )
             case Tucker2():
                 reduce = self.in_channels * fmt.rank_in
                 return reduce + fmt.rank_in * fmt.rank_out * taps + fmt.rank_out * self.out_channels
