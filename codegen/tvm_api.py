@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tvm
+import tvm as _tvm
 from numpy.typing import NDArray
-from tvm import relax
-from tvm.relax.expr_functor import PyExprMutator, mutator
-from tvm.relax.frontend.torch import from_exported_program
-from tvm.script import tirx as script
-from tvm.script.ir_builder.base import IRBuilder
-from tvm.tirx.script import builder
+from tvm import relax as _relax
+from tvm.relax import expr_functor as _functor
+from tvm.relax.frontend import torch as _frontend
+from tvm.script import tirx as _script
+from tvm.script.ir_builder import base as _base
+from tvm.tirx.script import builder as _builder
 
 from t3c.codegen.kernels.family import Kernel
 from t3c.core.errors import LoweringError
@@ -32,6 +32,16 @@ __all__ = [
     "substitute",
     "tvm",
 ]
+
+# TVM's own annotations are not what its functions take and give; to type checkers it is Any.
+tvm: Any = _tvm
+relax: Any = _relax
+script: Any = _script
+builder: Any = _builder
+IRBuilder: Any = _base.IRBuilder
+from_exported_program: Any = _frontend.from_exported_program
+_PyExprMutator: Any = _functor.PyExprMutator
+_mutator: Any = _functor.mutator
 
 
 def make_target(config: Mapping[str, object]) -> Any:
@@ -54,8 +64,8 @@ def parse_function(source: str) -> Any:
         ) from err
 
 
-@mutator
-class _Substitute(PyExprMutator):  # type: ignore[misc]
+@_mutator
+class _Substitute(_PyExprMutator):  # type: ignore[misc]
     """Replaces variables."""
 
     def __init__(self, values: Mapping[Any, Any]) -> None:
