@@ -65,7 +65,7 @@ class Built:
 
     def save(self, path: Path) -> None:
         """Link the shared library."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"options": ["-s"]}  # strip: a third of the file is symbols
         if self.spec.cross_compiler and not is_host(self.spec):
             options["fcompile"] = tvm.support.cc.cross_compiler(self.spec.cross_compiler)
         self.executable.export_library(str(path), **options)
@@ -176,7 +176,7 @@ def _lower_floats(module: Any, spec: TargetSpec, target: Any) -> Any:
                 relax.transform.DeadCodeElimination(),
             ]
         )(module)
-        return cuda.schedule(fused) if spec.kind == "cuda" else schedule_module(fused, spec)
+        return cuda.schedule(fused, target) if spec.kind == "cuda" else schedule_module(fused, spec)
 
 
 def _storage(store: WeightStore, names: Sequence[str], formats: Mapping[str, Format]) -> int:

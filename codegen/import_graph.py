@@ -148,7 +148,8 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         return emit(importer, "site", SiteCall(str(name), str(epilogue), _shape(node)), args)
 
     def attend(node: torch.fx.Node, importer: Any) -> Any:
-        q, k, v, mask, heads, kv_heads, scale, causal = node.args
+        arguments: Any = node.args
+        q, k, v, mask, heads, kv_heads, scale, causal = arguments
         args = [a for a in (q, k, v, mask) if isinstance(a, torch.fx.Node)]
         shapes = tuple(_shape(a) for a in args)
         (batch, q_len, width), (_, kv_len, _) = shapes[0], shapes[1]
@@ -169,7 +170,9 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         return emit(importer, "attention", call, [importer.env[a] for a in args])
 
     def generic_attend(node: torch.fx.Node, importer: Any) -> Any:
-        args = [importer.env[a] if isinstance(a, torch.fx.Node) else a for a in node.args]
+        args: list[Any] = [
+            importer.env[a] if isinstance(a, torch.fx.Node) else a for a in node.args
+        ]
         return generic_ops.attention(importer.block_builder, *args)
 
     return {

@@ -60,7 +60,7 @@ def machine(spec: TargetSpec) -> Machine:
     """
     if spec.emulator is None or spec.triple is None or spec.cross_compiler is None:
         raise TargetError(f"target {spec.name!r} names no emulator")
-    emulator = shutil.which(spec.emulator)
+    emulator = shutil.which(spec.emulator) or shutil.which(spec.emulator.removesuffix("-static"))
     if emulator is None:
         raise TargetError(
             f"{spec.emulator} is not on the PATH; on Debian or Ubuntu: "
@@ -77,10 +77,8 @@ def machine(spec: TargetSpec) -> Machine:
     host = _host(spec.cross_compiler, libraries)
     known = _run([emulator, "-cpu", "help"]).stdout.split()
     model = ("-cpu", spec.mcpu) if spec.mcpu in known else ()
-    command = (
-        emulator, *model, "-L", f"/usr/{spec.triple}", "-E", f"LD_LIBRARY_PATH={libraries}",
-    )  # fmt: skip
-    return Machine(command, host)
+    found = f"LD_LIBRARY_PATH={libraries.resolve()}"
+    return Machine((emulator, *model, "-L", f"/usr/{spec.triple}", "-E", found), host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +122,8 @@ class Emulated:
                     raise ValueError(f"input {spec.name!r} is {array.shape}, not {spec.shape}")
                 array.tofile(Path(folder) / f"{i}.in")
             command = [*self.machine.command, str(self.machine.host)]
-            command += [str(self.artifact.path), profile, folder]
-            done = _run([*command, *([function] if function else [])])
+            command += [str(self.artifact.path.resolve()), profile, folder]
+            done = _run([*command, *([function] if function else [])], cwd=folder)
             if done.returncode != 0:
                 said = done.stderr.strip() or "nothing"
                 raise LoweringError(
@@ -165,9 +163,11 @@ def _host(compiler: str, libraries: Path) -> Path:
     return made
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], cwd: str | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cwd, check=False
+        )
     except FileNotFoundError:
         raise TargetError(
             f"{command[0]} is not on the PATH; on Debian or Ubuntu: apt-get install "
