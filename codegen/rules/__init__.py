@@ -50,7 +50,7 @@ def schedule(
     for rule in rules:
         try:
             found = rule(program, spec)
-        except (tvm.error.TVMError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:  # TVM's are RuntimeErrors
             log.warning("%s failed on %s, trying the next rule: %s", rule.__module__, name, error)
             continue
         if found is not None:

@@ -1,4 +1,4 @@
-"""Reading and rewriting TIR expressions: substitution, strides, and vector polynomials for libm calls.
+"""Reading and rewriting TIR expressions: substitution, strides, polynomials for libm calls.
 
 TVM hands Python no functors over TIR expressions, so this module has a small one.
 """

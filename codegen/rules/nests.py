@@ -1,7 +1,8 @@
-"""Loop nests for one block: which axis becomes vectors, where sums are held, what runs in threads."""
+"""Loop nests for one block: which axis becomes vectors, where sums are held, what is threaded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from t3c.codegen.rules.expressions import Rewriter, is_costly, is_guarded, loads, stride
@@ -82,7 +83,7 @@ def fused(axes: Sequence[Axis], values: Values, body: Callable[[Values], Any], k
 
 
 def pieces(extent: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """(start, vector width, count) that cover an extent: whole vectors, then powers of two, then 1."""
+    """(start, width, count) that cover an extent: whole vectors, then powers of two, then 1."""
     start = 0
     while width >= 4:
         if count := (extent - start) // width:
@@ -94,7 +95,7 @@ def pieces(extent: int, width: int) -> Iterator[tuple[int, int, int]]:
 
 
 def chunks(axis: Axis, width: int, values: Values, body: Callable[[Values, int, Any], Any]) -> Any:
-    """Cover an axis with vectors: body(values, width, start), the start of each vector an expression."""
+    """Cover an axis with vectors: body(values, width, start), each start an expression."""
     parts = []
     for start, wide, count in pieces(axis.extent, width):
         parts.append(
@@ -154,8 +155,8 @@ class Writer:
         *outer, last = rest
 
         def piece(point: Values, width: int, start: Any) -> Any:
-            def lane(l: Any) -> Any:
-                at = {**point, last.var: start + l}
+            def lane(j: Any) -> Any:
+                at = {**point, last.var: start + j}
                 return self.store(block, at, self.value(block, at))
 
             return lanes(width, lane)
@@ -168,20 +169,23 @@ class Writer:
 
         def piece(point: Values, width: int, start: Any) -> Any:
             held = scratch([width], block.buffer.dtype, "held")
-            cell = lambda l: tirx.BufferLoad(held, [l])  # noqa: E731
-            clear = lanes(width, lambda l: tirx.BufferStore(held, block.init, [l]))
+
+            def cell(j: Any) -> Any:
+                return tirx.BufferLoad(held, [j])
+
+            clear = lanes(width, lambda j: tirx.BufferStore(held, block.init, [j]))
 
             def step(inner: Values) -> Any:
                 return lanes(
                     width,
-                    lambda l: tirx.BufferStore(
+                    lambda j: tirx.BufferStore(
                         held,
-                        combine(block, cell(l), self.value(block, {**inner, last.var: start + l})),
-                        [l],
+                        combine(block, cell(j), self.value(block, {**inner, last.var: start + j})),
+                        [j],
                     ),
                 )
 
-            put = lanes(width, lambda l: self.store(block, {**point, last.var: start + l}, cell(l)))
+            put = lanes(width, lambda j: self.store(block, {**point, last.var: start + j}, cell(j)))
             return scope(sequence([clear, nest(block.reduced, point, step), put]), [held])
 
         width = self.width * ACCUMULATORS
@@ -204,7 +208,8 @@ class Writer:
                 continue
             held = scratch([width], dtype, "held")
             buffers.append(held)
-            parts.append(lanes(width, lambda l, h=held: tirx.BufferStore(h, block.init, [l])))
+            clear = partial(_put, held, block.init)
+            parts.append(lanes(width, clear))
 
             def step(
                 inner: Values, h: Any = held, w: int = width, s: int = start, n: int = count
@@ -212,14 +217,14 @@ class Writer:
                 def vector(c: Any) -> Any:
                     return lanes(
                         w,
-                        lambda l: tirx.BufferStore(
+                        lambda j: tirx.BufferStore(
                             h,
                             combine(
                                 block,
-                                tirx.BufferLoad(h, [l]),
-                                self.value(block, {**inner, last.var: c * w + s + l}),
+                                tirx.BufferLoad(h, [j]),
+                                self.value(block, {**inner, last.var: c * w + s + j}),
                             ),
-                            [l],
+                            [j],
                         ),
                     )
 
@@ -363,6 +368,10 @@ class Writer:
         return fused(outer, {}, lambda values: self.write(block, values), "PARALLEL")
 
 
+def _put(buffer: Any, value: Any, at: Any) -> Any:
+    return tirx.BufferStore(buffer, value, [at])
+
+
 def crossed(block: Block, width: int) -> tuple[Any, Axis] | None:
     """The read of a block that is contiguous along another axis than the write, and that axis."""
     found = loads(block.term)
@@ -396,9 +405,9 @@ def fold(block: Block, held: Any, width: int) -> list[Any]:
     while width > 1:
         width //= 2
 
-        def lane(l: Any, w: int = width) -> Any:
-            both = block.combine(tirx.BufferLoad(held, [l]), tirx.BufferLoad(held, [l + w]))
-            return tirx.BufferStore(held, both, [l])
+        def lane(j: Any, w: int = width) -> Any:
+            both = block.combine(tirx.BufferLoad(held, [j]), tirx.BufferLoad(held, [j + w]))
+            return tirx.BufferStore(held, both, [j])
 
         steps.append(lanes(width, lane))
     return steps

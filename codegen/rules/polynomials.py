@@ -13,7 +13,9 @@ from t3c.codegen.tvm_api import tvm
 tirx = tvm.tirx
 COSTLY = frozenset(
     f"tirx.{name}"
-    for name in "exp exp2 exp10 log log2 log10 log1p tanh sigmoid erf pow sin cos tan sqrt rsqrt".split()
+    for name in (
+        "exp exp2 exp10 log log2 log10 log1p tanh sigmoid erf pow sin cos tan sqrt rsqrt".split()
+    )
 )
 """Calls that are not to be computed twice."""
 LOG2_E_REST = 1.92596299112661746e-08
@@ -64,7 +66,7 @@ def _polynomial(let: _Chain, x: Any, coefficients: Sequence[float]) -> Any:
 
 
 def exp(let: _Chain, x: Any) -> Any:
-    """exp(x), relative error below 1e-6; zero, infinity and NaN where exp has them.
+    """The exponential, relative error below 1e-6; zero, infinity and NaN where exp has them.
 
     The power of two is applied in two halves, so that results below the normal range come out.
     """
@@ -93,14 +95,14 @@ def _clip(let: _Chain, x: Any, limit: float) -> Any:
 
 
 def tanh(let: _Chain, x: Any) -> Any:
-    """tanh(x), absolute error below 1e-6."""
+    """The hyperbolic tangent, absolute error below 1e-6."""
     c = _clip(let, let("x", x), TANH_LIMIT)
     d = let("d", c * c)
     return c * _polynomial(let, d, TANH_P) / _polynomial(let, d, TANH_Q)
 
 
 def erf(let: _Chain, x: Any) -> Any:
-    """erf(x), absolute error below 1e-6."""
+    """The error function, absolute error below 1e-6."""
     c = _clip(let, let("x", x * _f(2**0.5)), ERF_LIMIT)
     t = let("t", fma(c, c * _f(2 / ERF_LIMIT**2), _f(-1.0)))
     return c * _polynomial(let, t, ERF)

@@ -4,11 +4,11 @@ Before: for m, n, k: c[m, n] += a[m, k] * b[k, n];  for m, n: y[m, n] = epilogue
 After:  parallel for each panel of n: {pack b[:, panel];  for each 6 rows of m:
             tile in registers = sum over k;  y[rows, panel] = epilogue(tile)}
 
-An axis of the output belongs to the side (a or b) that reads it; one that both read is a batch axis.
+An axis of the output belongs to the side (a or b) that reads it; both read a batch axis.
 So a convolution is a product of filters (m) with pixels (n), and packing gathers the pixels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -259,15 +259,15 @@ class _Product:
         return found
 
     def _pack(self, values: Values, column: Any, packed: Any, slot: Any, valid: int) -> Any:
-        """packed[slot, k, l] = right factor; lanes past the last column are zero."""
+        """packed[slot, k, j] = right factor; lanes past the last column are zero."""
         what = self.what
         wide = int(packed.shape[2])
         contiguous = self._contiguous()
 
-        def put(k: Any, l: Any, inner: Values) -> Any:
-            at = {**values, **self._decode(what.columns, column + l), **inner}
+        def put(k: Any, j: Any, inner: Values) -> Any:
+            at = {**values, **self._decode(what.columns, column + j), **inner}
             term = Rewriter(at, self.writer.places)(what.right)
-            return tirx.BufferStore(packed, term, [slot, k, l])
+            return tirx.BufferStore(packed, term, [slot, k, j])
 
         def group(start: Any, count: int) -> Any:
             """Some neighbouring columns of all k: one line written at a time."""
@@ -277,8 +277,8 @@ class _Product:
                 for axis in what.block.reduced:
                     k = k * axis.extent + inner[axis.var]
                 if contiguous:
-                    return lanes(count, lambda l: put(k, start + l, inner))
-                return sequence([put(k, start + l, inner) for l in range(count)])
+                    return lanes(count, lambda j: put(k, start + j, inner))
+                return sequence([put(k, start + j, inner) for j in range(count)])
 
             return nest(what.block.reduced, {}, line)
 
@@ -290,7 +290,7 @@ class _Product:
 
             def clear(k: Any) -> Any:
                 return loop(
-                    wide - valid, lambda l: tirx.BufferStore(packed, zero, [slot, k, l + valid])
+                    wide - valid, lambda j: tirx.BufferStore(packed, zero, [slot, k, j + valid])
                 )
 
             parts.append(loop(self.depth, clear, name="k"))
@@ -318,7 +318,7 @@ class _Product:
         points = [self._decode(what.rows, row + i) for i in range(self.rows)]
         zero = tirx.const(0.0, "float32")
         clear = [
-            self._vectors(wide, lambda l, h=h: tirx.BufferStore(h, zero, [l]))  # type: ignore[misc]
+            self._vectors(wide, lambda j, h=h: tirx.BufferStore(h, zero, [j]))  # type: ignore[misc]
             for h in held
         ]
 
@@ -328,9 +328,9 @@ class _Product:
             for buffer, point in zip(held, points, strict=True):
                 left = Rewriter({**values, **point, **inner}, self.writer.places)(what.left)
 
-                def one(l: Any, b: Any = buffer, a: Any = left) -> Any:
-                    right = tirx.BufferLoad(packed, [slot, k, l])
-                    return tirx.BufferStore(b, fma(a, right, tirx.BufferLoad(b, [l])), [l])
+                def one(j: Any, b: Any = buffer, a: Any = left) -> Any:
+                    right = tirx.BufferLoad(packed, [slot, k, j])
+                    return tirx.BufferStore(b, fma(a, right, tirx.BufferLoad(b, [j])), [j])
 
                 parts.append(self._vectors(wide, one))
             return sequence(parts)
@@ -349,7 +349,7 @@ class _Product:
         """
         width = self.writer.width
         return sequence(
-            [lanes(width, lambda l, s=s: body(l + s)) for s in range(0, wide, width)]  # type: ignore[misc]
+            [lanes(width, lambda j, s=s: body(j + s)) for s in range(0, wide, width)]  # type: ignore[misc]
         )
 
     def _end(self, values: Values, column: Any, held: Any, valid: int) -> Any:
@@ -364,7 +364,7 @@ class _Product:
             source = held
             parts.append(
                 self._vectors(
-                    wide, lambda l: tirx.BufferStore(row, tirx.BufferLoad(source, [l]), [l])
+                    wide, lambda j: tirx.BufferStore(row, tirx.BufferLoad(source, [j]), [j])
                 )
             )
             spilled.append(row)
@@ -373,9 +373,9 @@ class _Product:
 
             def vector(c: Any, s: int = start, w: int = width) -> Any:
                 def one(lane: Any) -> Any:
-                    l = c * w + s + lane
-                    at = {**values, **self._decode(what.columns, column + l)}
-                    return self._store(at, tirx.BufferLoad(held, [l]))
+                    j = c * w + s + lane
+                    at = {**values, **self._decode(what.columns, column + j)}
+                    return self._store(at, tirx.BufferLoad(held, [j]))
 
                 return lanes(w, one)
 
