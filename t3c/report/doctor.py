@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from t3c.core.errors import T3CError
-from t3c.runtime import host
+from t3c.runtime import emulate, host
 from t3c.targets import TARGETS, TargetSpec, cpu_features, detect_host, get
 
 State = Literal["ok", "warning", "missing"]
@@ -198,6 +198,8 @@ def _target(name: str, spec: TargetSpec) -> Check:
     emulator = None if spec.emulator is None else shutil.which(spec.emulator)
     if emulator is None:
         return Check(label, "ok", "builds only", f"install {spec.emulator} to check it here")
+    if missing := emulate.missing_runtime(triple):
+        return Check(label, "ok", "builds only", f"to check it here: {missing}")
     return Check(label, "ok", "builds, runs under emulation")
 
 

@@ -11,11 +11,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 from numpy.typing import NDArray
 
 from t3c.core.artifact import Artifact
@@ -52,6 +52,19 @@ def runtime_folder(triple: str) -> Path:
     return Path(named) if named else _cache() / processor
 
 
+def missing_runtime(triple: str) -> str:
+    """What to do about the first runtime library that is missing; empty if all are there."""
+    folder, processor = runtime_folder(triple), triple.partition("-")[0]
+    for name in LIBRARIES:
+        if not (folder / name).is_file():
+            make = f"run `make {processor}-runtime`, or " if processor == "aarch64" else ""
+            return (
+                f"{folder} has no {name}: {make}let T3C_{processor.upper()}_RUNTIME name a folder "
+                f"with {' and '.join(LIBRARIES)} of apache-tvm and apache-tvm-ffi for {processor}"
+            )
+    return ""
+
+
 def machine(spec: TargetSpec) -> Machine:
     """Make the emulated processor of a target ready; the host is compiled once and kept.
 
@@ -66,14 +79,9 @@ def machine(spec: TargetSpec) -> Machine:
             f"{spec.emulator} is not on the PATH; on Debian or Ubuntu: "
             "apt-get install qemu-user-static"
         )
+    if missing := missing_runtime(spec.triple):
+        raise TargetError(missing)
     libraries = runtime_folder(spec.triple)
-    processor = spec.triple.partition("-")[0]
-    if missing := [name for name in LIBRARIES if not (libraries / name).is_file()]:
-        raise TargetError(
-            f"{libraries} has no {missing[0]}: run `make {processor}-runtime`, or let "
-            f"T3C_{processor.upper()}_RUNTIME name a folder with {' and '.join(LIBRARIES)} out of "
-            f"the {processor} wheels of apache-tvm and apache-tvm-ffi"
-        )
     host = _host(spec.cross_compiler, libraries)
     known = _run([emulator, "-cpu", "help"]).stdout.split()
     model = ("-cpu", spec.mcpu) if spec.mcpu in known else ()
@@ -142,7 +150,10 @@ class Emulated:
 
 def _host(compiler: str, libraries: Path) -> Path:
     """run.cc compiled for the processor of `compiler`, from the cache where it has been made."""
-    headers = tvm_ffi.libinfo.find_include_path()
+    package = find_spec("tvm_ffi")
+    if package is None or package.origin is None:
+        raise TargetError("the C++ host needs the headers of apache-tvm-ffi; pip install it")
+    headers = Path(package.origin).parent / "include"
     key = hashlib.sha256("\0".join((RUN_CC, compiler, str(headers))).encode())
     for name in LIBRARIES:
         key.update((libraries / name).read_bytes())
@@ -154,9 +165,8 @@ def _host(compiler: str, libraries: Path) -> Path:
         source, program = Path(folder) / "run.cc", Path(folder) / "run"
         source.write_text(RUN_CC)
         command = [compiler, "-O1", "-std=c++17", str(source), "-o", str(program)]
-        command += ["-I", str(headers), "-I", str(tvm_ffi.libinfo.find_dlpack_include_path())]
-        command += ["-L", str(libraries), "-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_ffi"]
-        done = _run([*command, "-Wl,--allow-shlib-undefined"])
+        command += ["-I", str(headers), "-L", str(libraries), "-Wl,--no-as-needed"]
+        done = _run([*command, "-ltvm_runtime", "-ltvm_ffi", "-Wl,--allow-shlib-undefined"])
         if done.returncode != 0:
             raise TargetError(f"{compiler} cannot compile the C++ host: {done.stderr[-800:]}")
         os.replace(program, made)

@@ -4,13 +4,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from t3c.core.errors import TargetError
 from t3c.report import doctor
 from t3c.report.doctor import Check, examine, fits, healthy, pins
-from t3c.runtime import host
+from t3c.runtime import emulate, host
 from t3c.targets import get
 
 
@@ -55,7 +56,7 @@ def test_without_a_linker_nothing_can_be_lowered(monkeypatch: pytest.MonkeyPatch
     assert "g++" in check.advice
 
 
-def test_arm_is_built_emulated_or_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arm_is_built_emulated_or_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(get("arm"), triple="riscv64-linux-gnu")  # foreign on every test machine
     ask = doctor._target  # pyright: ignore[reportPrivateUsage]
     assert spec.cross_compiler is not None
@@ -65,6 +66,10 @@ def test_arm_is_built_emulated_or_neither(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(shutil, "which", only(spec.cross_compiler))
     assert ask("arm", spec).found == "builds only"
     monkeypatch.setattr(shutil, "which", only(spec.cross_compiler, spec.emulator))
+    monkeypatch.setenv("T3C_RISCV64_RUNTIME", str(tmp_path))
+    assert "let T3C_RISCV64_RUNTIME name" in ask("arm", spec).advice
+    for name in emulate.LIBRARIES:
+        (tmp_path / name).touch()
     assert ask("arm", spec).found == "builds, runs under emulation"
 
 
