@@ -34,7 +34,7 @@ from t3c.core.manifest import (
     TensorSpec,
     Where,
 )
-from t3c.core.profile import Profile, Timing
+from t3c.core.profile import Profile, ProfileChain, Timing
 from t3c.core.structure import LEAF, Tree
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.linear import ElasticLinear
@@ -63,8 +63,12 @@ WARMUP = 5
 TIMING_SECONDS = 20.0
 """All profiles together are timed no longer than this, but at least `LEAST_CALLS` times."""
 LEAST_CALLS = 20
+SLOWER = 1.03
+"""Median ratio to the dense profile above which a profile counts as slower; 3 % is noise."""
 OBSERVED_INPUTS = 16
-"""Calibration inputs on which the drift of every profile is observed."""
+"""Calibration inputs on which the drift of every profile is observed, at most."""
+HELD_OUT_FROM = 8
+"""From so many calibration inputs on, the last quarter is kept for observing drift."""
 
 
 def elasticize(
@@ -157,12 +161,18 @@ def lower(
         )
     notes.add(*_captured(elastic).notes)
     batches = _batches(elastic, calibration, notes)
-    chosen = plan(
-        elastic, batches, spec, profiles=profiles, seconds=plan_seconds, progress=progress
-    )
+    fitted, held = _held_out(batches)
+    if fitted is batches:
+        notes.add(
+            "observed drift is in-sample: measured on inputs that the chain was fitted to, other "
+            f"data will drift more; with {HELD_OUT_FROM} calibration inputs or more, the last "
+            "quarter is kept for it"
+        )
+    chosen = plan(elastic, fitted, spec, profiles=profiles, seconds=plan_seconds, progress=progress)
     notes.add(*chosen.notes)
     built = _build(elastic, chosen, spec, progress)
-    manifest = _manifest(elastic, chosen, built, spec, batches, progress)
+    chain = certify(elastic, chosen.chain, held, progress=progress)
+    manifest = _manifest(elastic, chain, built, spec, batches)
     where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch) / "model.so"
@@ -174,7 +184,7 @@ def lower(
             prove = _Proof(elastic, built.taps, batches[:PARITY_INPUTS], progress)
             manifest = prove(manifest, session.probe, "device")
             if calls:
-                manifest = _timed(manifest, session, batches[0], calls, progress)
+                manifest = _timed(manifest, session, batches[0], calls, notes, progress)
         elif (machine := _emulator(spec, notes)) is not None:
             draft = bundle.write(Path(scratch) / "draft", manifest, library, built.tensors)
             prove = _Proof(elastic, built.taps, batches[:PARITY_INPUTS], progress)
@@ -238,6 +248,14 @@ def _batches(
     return batches
 
 
+def _held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(what the chain is fitted to, what its drift is observed on); disjoint if there are enough."""
+    if len(batches) < HELD_OUT_FROM:
+        return batches, batches[-OBSERVED_INPUTS:]
+    count = min(OBSERVED_INPUTS, len(batches) // 4)
+    return batches[:-count], batches[-count:]
+
+
 def _build(
     elastic: ElasticModel, chosen: Plan, spec: TargetSpec, progress: Progress | None
 ) -> Built:
@@ -259,15 +277,13 @@ def _build(
 
 def _manifest(
     elastic: ElasticModel,
-    chosen: Plan,
+    chain: ProfileChain,
     built: Built,
     spec: TargetSpec,
     batches: Sequence[Batch],
-    progress: Progress | None,
 ) -> Manifest:
     """Everything that is known before the library runs."""
     captured = _captured(elastic)
-    chain = certify(elastic, chosen.chain, batches[-OBSERVED_INPUTS:], progress=progress)
     compiled = []
     for profile in chain:
         made = built.profiles[profile.name]
@@ -403,9 +419,17 @@ def _named(manifest: Manifest, batch: Batch) -> dict[str, Tensor]:
 
 
 def _timed(
-    manifest: Manifest, session: Session, batch: Batch, calls: int, progress: Progress | None
+    manifest: Manifest,
+    session: Session,
+    batch: Batch,
+    calls: int,
+    notes: _Notes,
+    progress: Progress | None,
 ) -> Manifest:
-    """Measure every profile, interleaved, and let the measurement win over the prediction."""
+    """Measure every profile, interleaved; the measurement wins over the prediction.
+
+    The no-slower gate: a profile that takes longer than the largest one, which is dense, is dropped.
+    """
     if progress is not None:
         progress("time profiles", 0, 1)
     names = [c.profile.name for c in manifest.profiles]
@@ -413,12 +437,17 @@ def _timed(
     trial = session.samples(names, inputs, 2, WARMUP)
     each = sum(min(seconds) for seconds in trial.values())
     rounds = max(min(calls, LEAST_CALLS), min(calls, int(TIMING_SECONDS / each)))
-    samples = session.samples(names, inputs, rounds, 0)
-    timed = [
-        replace(c, profile=replace(c.profile, latency=summarize(samples[c.profile.name])))
-        for c in manifest.profiles
-    ]
-    return replace(manifest, profiles=tuple(_increasing(timed)))
+    samples = {n: np.array(s) for n, s in session.samples(names, inputs, rounds, 0).items()}
+    kept = []
+    for compiled in manifest.profiles:
+        name = compiled.profile.name
+        ratio = float(np.median(samples[name] / samples[names[-1]]))  # of calls side by side
+        if ratio > SLOWER:
+            notes.add(f"dropped profile {name!r}: it took {ratio:.2f} times as long as {names[-1]!r}")
+            continue
+        latency = summarize(samples[name].tolist())
+        kept.append(replace(compiled, profile=replace(compiled.profile, latency=latency)))
+    return replace(manifest, profiles=tuple(_increasing(kept)))
 
 
 def _increasing(profiles: Sequence[CompiledProfile]) -> list[CompiledProfile]:
