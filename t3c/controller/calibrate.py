@@ -1,7 +1,7 @@
 """One look at calibration data: second moments at every site, then factors that fit the data."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from t3c.core.registry import resolve
 from t3c.core.sites import ConvSite, LinearSite, Site
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.factorize import FACTORIZATIONS
-from t3c.elastic.factorize.base import AbstractFactorizer, Factors
+from t3c.elastic.factorize.base import AbstractFactorizer, Factors, Ranks
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.model import ElasticModel
 
@@ -62,19 +62,19 @@ class Moment:
         """
         width = len(self.total)
         mean = self.total / max(self.rows, 1)
-        lift = 0.05 * width / (self.rows + width) * mean.diagonal().mean()
-        return mean + lift * torch.eye(width)
+        mean.diagonal().add_(0.05 * width / (self.rows + width) * float(mean.diagonal().mean()))
+        return mean
 
-    def root(self) -> Tensor | None:
-        """Lower Cholesky factor of the damped, normalized gains [out, out]; None without gains."""
+    def directions(self) -> Tensor | None:
+        """The damped, normalized gains [out, out]; None without gains."""
         if self.gains is None:
             return None
         level = float(self.gains.diagonal().mean())
         if not 0.0 < level < float("inf"):
             return None
-        lift = OUTPUT_DAMPING * torch.eye(len(self.gains))
-        root: Tensor = torch.linalg.cholesky(self.gains / level + lift)
-        return root
+        normal = self.gains / level
+        normal.diagonal().add_(OUTPUT_DAMPING)
+        return normal
 
 
 def calibrate(
@@ -104,28 +104,49 @@ def calibrate(
 
 
 def factorize(
-    elastic: ElasticModel, moments: Mapping[str, Moment], progress: Progress = silent
+    elastic: ElasticModel,
+    moments: Mapping[str, Moment],
+    progress: Progress = silent,
+    *,
+    most: Mapping[str, Ranks] | None = None,
 ) -> tuple[str, ...]:
-    """Replace the plain factors of every site that has a moment; names of the other sites."""
-    for done, (name, moment) in enumerate(moments.items()):
-        progress("factorizing", done, len(moments))
-        layer = elastic.layers[name]
-        if kind_of(layer) is CP:  # its fit depends on the rank, which the layer chooses
-            elastic.set_factors(name, moment=moment.mean())
-        else:
-            elastic.set_factors(name, split(layer, moment))
-    progress("factorizing", len(moments), len(moments))
-    return tuple(name for name in elastic.sites if name not in moments)
+    """Replace the factors of sites, in the metric of the data where a site has a moment.
+
+    Args:
+        elastic: The model.
+        moments: Site name -> moment.
+        progress: Told after every site.
+        most: Site name -> the largest ranks needed; sites left out keep what they have. None: all
+            sites that have a moment, at full rank.
+
+    Returns:
+        Sites whose factors ignore the data.
+    """
+    names = list(moments) if most is None else list(most)
+    for done, name in enumerate(names):
+        progress("factorizing", done, len(names))
+        ranks = None if most is None else most[name]
+        elastic.set_factors(name, split(elastic.layers[name], moments.get(name), ranks))
+    progress("factorizing", len(names), len(names))
+    return tuple(n for n in (elastic.sites if most is None else most) if n not in moments)
 
 
 def collect(
     elastic: ElasticModel,
     batches: Sequence[Batch],
     *,
+    sites: Collection[str] | None = None,
     seconds: float | None = None,
     progress: Progress = silent,
 ) -> dict[str, Moment]:
-    """Second moment of every site of the original model; sites wider than `SIDE_MAX` are left out.
+    """Second moments of sites of the original model; sites wider than `SIDE_MAX` are left out.
+
+    Args:
+        elastic: The model.
+        batches: Flat inputs, as the graph takes them.
+        sites: Names of the sites; None: all.
+        seconds: Stop taking batches after this long (at least one is taken); None: all.
+        progress: Told after every batch.
 
     Raises:
         T3CError: No batches, or values that are not finite.
@@ -133,7 +154,7 @@ def collect(
     if not batches:
         raise T3CError("calibration needs at least one batch of inputs; got none")
     deadline = None if seconds is None else time.monotonic() + seconds
-    runner = _Collector(elastic)
+    runner = _Collector(elastic, elastic.sites if sites is None else sites)
     for done, batch in enumerate(batches):
         progress("collecting statistics", done, len(batches))
         if done and deadline is not None and time.monotonic() > deadline:
@@ -157,21 +178,15 @@ def kind_of(layer: ElasticLayer) -> type[Format]:
     return LowRank
 
 
-def split(layer: ElasticLayer, moment: Moment) -> Factors:
-    """Factors of W that minimize ||R^T (W - W_r) L||, R R^T = gains and L L^T = inputs.
-
-    The factorizer sees R^T W; its output side is then multiplied by the inverse of R^T.
-    """
-    found = resolve(FACTORIZATIONS, layer.factorizer(kind_of(layer)), "factorization", T3CError)
+def split(layer: ElasticLayer, moment: Moment | None, ranks: Ranks | None = None) -> Factors:
+    """Factors of a layer's weight up to `ranks`, in the metric of its data."""
+    kind = kind_of(layer)
+    found = resolve(FACTORIZATIONS, layer.factorizer(kind), "factorization", T3CError)
     factorizer = cast(AbstractFactorizer, found)
-    weight = layer.weight.detach()
-    root = moment.root()
-    if root is None:
-        return factorizer.split(weight, moment.mean())
-    flat = root.T @ weight.flatten(1)
-    factors = factorizer.split(flat.reshape(weight.shape), moment.mean())
-    last = "high" if "high" in factors else "expand"
-    return {**factors, last: torch.linalg.solve_triangular(root.T, factors[last], upper=True)}
+    ranks = layer.fit_ranks(kind) if ranks is None else ranks
+    if moment is None:
+        return factorizer.split(layer.weight, ranks=ranks)
+    return factorizer.split(layer.weight, moment.mean(), gains=moment.directions(), ranks=ranks)
 
 
 def width(site: Site) -> int:
@@ -186,13 +201,13 @@ def width(site: Site) -> int:
 class _Collector(fx.Interpreter):
     """Runs the graph and adds up moments where sites are called."""
 
-    def __init__(self, elastic: ElasticModel) -> None:
+    def __init__(self, elastic: ElasticModel, sites: Collection[str]) -> None:
         super().__init__(elastic.graph)
         self.site_of = {
             node: elastic.sites[name]
             for name, nodes in site_calls(elastic).items()
             for node in nodes
-            if width(elastic.sites[name]) <= SIDE_MAX
+            if name in sites and width(elastic.sites[name]) <= SIDE_MAX
         }
         self.calls: list[tuple[Site, Tensor, Tensor]] = []
         self.moments: dict[str, Moment] = {}

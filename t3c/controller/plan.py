@@ -22,7 +22,7 @@ from t3c.cost_models.base import Work
 from t3c.elastic.model import ElasticModel
 from t3c.targets.base import TargetSpec
 
-SECONDS = 45.0
+SECONDS = 30.0
 """Time for the damage table where the caller names none."""
 
 
@@ -83,18 +83,20 @@ def plan(
     # Factors fit the data that they are made from better than other data: damage is measured on
     # batches that they have not seen, then the factors are made again from all of them.
     fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
-    seen = collect(elastic, fit, seconds=limit / 8, progress=progress)
-    plain = factorize(elastic, seen, progress)
     predict = cost_model(spec) if model is None else model
     decisions = menu_of(elastic, spec, predict, profiles, threads)
     menu: Menu = {
         name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
     }
+    most = largest(menu)
+    seen = collect(elastic, fit, sites=most, seconds=limit / 8, progress=progress)
+    plain = factorize(elastic, seen, progress, most=most)
     left = limit - (time.monotonic() - start)
     table = measure(elastic, held, menu, seconds=max(left, limit / 2), progress=progress)
     if held is not fit:
-        unseen = collect(elastic, held, seconds=limit / 8, progress=progress)
-        factorize(elastic, {name: seen[name] + unseen[name] for name in seen}, progress)
+        unseen = collect(elastic, held, sites=seen, seconds=limit / 8, progress=progress)
+        both = {name: moment + unseen[name] for name, moment in seen.items()}
+        factorize(elastic, both, progress, most={name: most[name] for name in both})
     options = {
         name: [
             search.Option(d.format, d.seconds, table.entries[name][d.format].damage)
@@ -142,13 +144,23 @@ def menu_of(
     threads: int = 1,
 ) -> tuple[GateDecision, ...]:
     """The coarse menu, or every rank where the coarse one is too small for that many profiles."""
-    cp = {n: x.most(CP(1))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
+    cp = {n: (x.fit_ranks(CP) or (0,))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
     sites, step = elastic.sites, spec.rank_step
     coarse = gate(sites, step, model, threads=threads, shares=SHARES, cp=cp)
     smaller = sum(d.kept and not isinstance(d.format, Dense) for d in coarse)
     if smaller >= 3 * profiles:
         return coarse
     return gate(sites, step, model, threads=threads, shares=None, cp=cp)
+
+
+def largest(menu: Menu) -> dict[str, tuple[int, ...]]:
+    """Site name -> largest rank of each side on the menu; sites that stay dense are left out."""
+    found = {}
+    for name, formats in menu.items():
+        ranks = [fmt.ranks for fmt in formats if not isinstance(fmt, Dense)]
+        if ranks:
+            found[name] = tuple(int(max(side)) for side in zip(*ranks, strict=True))
+    return found
 
 
 def profile_names(count: int) -> list[str]:

@@ -49,14 +49,17 @@ class ElasticConv(ElasticLayer):
         super().check(fmt)
 
     def most(self, fmt: Format) -> tuple[int, int]:
-        """(in, out) channels for Tucker-2; what was fitted for CP; full rank for the rest."""
-        if isinstance(fmt, Tucker2):
-            return self.site.in_channels, self.site.out_channels
-        if isinstance(fmt, CP):
-            fitted = self.cp_in
-            most = int(fitted.shape[0]) if isinstance(fitted, Tensor) else self._cp_rank()
-            return most, most
-        return self.site.full_rank, self.site.full_rank
+        """What the factors reach, or would: (in, out) channels for Tucker-2."""
+        match fmt:
+            case Tucker2():
+                return (
+                    self.reach("reduce", self.site.in_channels),
+                    self.reach("expand", self.site.out_channels, 1),
+                )
+            case CP():
+                return (self.reach("cp_in", self._cp_rank()),) * 2
+            case _:
+                return (self.reach("low", self.site.full_rank),) * 2
 
     def factorizer(self, kind: type[Format]) -> str:
         """By the format's kind."""
@@ -66,7 +69,8 @@ class ElasticConv(ElasticLayer):
         """The largest CP rank worth fitting: above it the dense weight is smaller."""
         return max(1, int(CP_ALS.break_even(tuple(self.weight.shape))))
 
-    def _fit_ranks(self, kind: type[Format]) -> tuple[int, ...] | None:
+    def fit_ranks(self, kind: type[Format]) -> tuple[int, ...] | None:
+        """For CP, whose components depend on their number, the largest worth fitting."""
         return (self._cp_rank(),) if kind is CP else None
 
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:

@@ -113,14 +113,20 @@ class ElasticLayer(nn.Module, ABC):
             raise T3CError(f"site {self.site.name!r} has no factor {name!r}")
         return value
 
+    def reach(self, name: str, full: int, axis: int = 0) -> int:
+        """Components that a factor has along an axis; `full` while there is no such factor."""
+        value = getattr(self, name)
+        return int(value.shape[axis]) if isinstance(value, Tensor) else full
+
     def factorize(self, kind: type[Format]) -> None:
         """Make the factors of a format kind from the weight and the input moment, if known."""
         found = resolve(FACTORIZATIONS, self.factorizer(kind), "factorization", T3CError)
         if not isinstance(found, AbstractFactorizer):
             raise T3CError(f"{found!r} is no factorizer")
-        self.set_factors(found.split(self.weight, self._moment, ranks=self._fit_ranks(kind)))
+        self.set_factors(found.split(self.weight, self._moment, ranks=self.fit_ranks(kind)))
 
-    def _fit_ranks(self, kind: type[Format]) -> tuple[int, ...] | None:
+    def fit_ranks(self, kind: type[Format]) -> tuple[int, ...] | None:
+        """Ranks that factors of a kind are fitted to where nobody names any; None: all."""
         return None
 
     def set_moment(self, moment: Tensor | None) -> None:

@@ -26,8 +26,8 @@ class ElasticLinear(ElasticLayer):
         super().__init__(site, weight, bias)
 
     def most(self, fmt: Format) -> tuple[int, int]:
-        """Full rank."""
-        return self.site.full_rank, self.site.full_rank
+        """What the factors reach, or full rank."""
+        return (self.reach("low", self.site.full_rank),) * 2
 
     def factorizer(self, kind: type[Format]) -> str:
         """SVD in the metric of the inputs, or plain where that is unknown."""

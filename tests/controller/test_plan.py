@@ -242,7 +242,7 @@ def test_gains_are_none_where_no_gradient_arrives() -> None:
     model = elastic(Blind(), torch.randn(2, 64))
     (moment,) = collect(model, [model.example_inputs]).values()
     assert moment.gains is None
-    assert moment.root() is None
+    assert moment.directions() is None
     assert calibrate(model, [model.example_inputs]) == ()
 
 

@@ -37,9 +37,14 @@ class CpAls(AbstractFactorizer):
     seed: int = 0
 
     def split(
-        self, weight: Tensor, moment: Tensor | None = None, *, ranks: Ranks | None = None
+        self,
+        weight: Tensor,
+        moment: Tensor | None = None,
+        *,
+        gains: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Factors:
-        """Fit `ranks` = (rank,) components; None: min(out, in). The moment is not used.
+        """Fit `ranks` = (rank,) components; None: min(out, in). Neither moment is used.
 
         Raises:
             T3CError: Every start ended in NaN.

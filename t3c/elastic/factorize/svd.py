@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
-from t3c.elastic.factorize.base import AbstractFactorizer, Factors, Ranks, descending, split_root
+from t3c.elastic.factorize.base import AbstractFactorizer, Factors, Ranks, principal, split_root
 
 
 @final
@@ -16,19 +17,27 @@ class Svd(AbstractFactorizer):
     factors: ClassVar[tuple[str, ...]] = ("low", "high")
 
     def split(
-        self, weight: Tensor, moment: Tensor | None = None, *, ranks: Ranks | None = None
+        self,
+        weight: Tensor,
+        moment: Tensor | None = None,
+        *,
+        gains: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Factors:
         """By the eigenvectors Q of the smaller Gram matrix: W = Q (Q^T W) holds to rounding."""
-        w = weight.detach().reshape(len(weight), -1).double()
+        w = weight.detach().flatten(1).float()
+        rank = min(w.shape) if ranks is None else min(*w.shape, ranks[0])
         wide = w.shape[0] <= w.shape[1]
-        values, q = descending(w @ w.t() if wide else w.t() @ w)
+
+        def gram(dtype: torch.dtype) -> Tensor:
+            v = w.to(dtype)
+            return v @ v.t() if wide else v.t() @ v
+
+        values, q = principal(gram, rank)
         root = split_root(values)
         if wide:
-            high, low = q * root, (q.t() @ w) / root[:, None]
-        else:
-            high, low = (w @ q) / root, root[:, None] * q.t()
-        r = None if ranks is None else ranks[0]
-        return {"low": low[:r].float().contiguous(), "high": high[:, :r].float().contiguous()}
+            return {"low": (q.t() @ w) / root[:, None], "high": q * root}
+        return {"low": root[:, None] * q.t(), "high": (w @ q) / root}
 
     def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
         """high[:, :r] low[:r]."""

@@ -15,6 +15,7 @@ from t3c.elastic.factorize.base import (
     balance,
     damped,
     descending,
+    lower_root,
 )
 
 
@@ -40,32 +41,43 @@ class Tucker2Hosvd(AbstractFactorizer):
     focus: float = 0.5
 
     def split(
-        self, weight: Tensor, moment: Tensor | None = None, *, ranks: Ranks | None = None
+        self,
+        weight: Tensor,
+        moment: Tensor | None = None,
+        *,
+        gains: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Factors:
         """Factors at full rank, or cut to `ranks` = (rank_in, rank_out)."""
-        w = weight.detach().double()
+        w = weight.detach().float()
         out, channels = w.shape[:2]
-        chol = None
+        chol = root = None
         if moment is not None:
-            chol = torch.linalg.cholesky(damped(moment.to(w.device), self.damping))
+            chol = lower_root(damped(moment.to(w), self.damping))
             w = torch.einsum("oihw,ij->ojhw", w, chol)
+            if gains is not None:
+                root = lower_root(gains.to(w))
+                w = torch.einsum("oihw,op->pihw", w, root)
         u_in, u_out = _basis(w, 1), _basis(w, 0)
         ri, ro = max(1, round(channels * self.focus)), max(1, round(out * self.focus))
         for _ in range(self.sweeps):
             u_in = _basis(torch.einsum("oihw,op->pihw", w, u_out[:, :ro]), 1)
             u_out = _basis(torch.einsum("oihw,ij->ojhw", w, u_in[:, :ri]), 0)
+        if ranks is not None:
+            u_in, u_out = u_in[:, : ranks[0]], u_out[:, : ranks[1]]
         core = torch.einsum("oihw,op,ij->pjhw", w, u_out, u_in)
-        reduce = u_in.t()
+        reduce, expand = u_in.t(), u_out
         if chol is not None:  # x = L z, so U^T z = (U^T L^-1) x
             reduce = torch.linalg.solve_triangular(chol, reduce, upper=False, left=False)
-        expand, core = balance(u_out, core)
+        if root is not None:
+            expand = torch.linalg.solve_triangular(root.t(), expand, upper=True)
+        expand, core = balance(expand, core)
         swapped, reduce = balance(core.transpose(0, 1).flatten(1).t(), reduce)
-        core = swapped.t().reshape(channels, out, *core.shape[2:]).transpose(0, 1)
-        a, b = (None, None) if ranks is None else (ranks[0], ranks[1])
+        core = swapped.t().unflatten(1, (core.shape[0], *core.shape[2:])).transpose(0, 1)
         return {
-            "reduce": reduce[:a].float().contiguous(),
-            "core": core[:b, :a].float().contiguous(),
-            "expand": expand[:, :b].float().contiguous(),
+            "reduce": reduce.contiguous(),
+            "core": core.contiguous(),
+            "expand": expand.contiguous(),
         }
 
     def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:

@@ -12,7 +12,8 @@ from t3c.elastic.factorize.base import (
     Factors,
     Ranks,
     damped,
-    descending,
+    lower_root,
+    principal,
     split_root,
 )
 from t3c.elastic.factorize.svd import SVD
@@ -21,10 +22,11 @@ from t3c.elastic.factorize.svd import SVD
 @final
 @dataclass(frozen=True, slots=True)
 class WhitenedSvd(AbstractFactorizer):
-    """Minimizes E ||(W - high low) x||^2 at every rank, given A = E[x x^T].
+    """Minimizes E ||R^T (W - high low) x||^2 at every rank, given A = E[x x^T] and G = R R^T.
 
-    With A = L L^T the factors come from the singular vectors of W L; only an eigenproblem of size
-    min(n, k) and, for k < n, one Cholesky factor are needed. Source: SVD-LLM (arXiv 2403.07378).
+    With A = L L^T the factors come from the singular vectors of R^T W L. Whichever side is shorter,
+    one Cholesky factor and one eigenproblem of that side are enough: the other metric only enters
+    products. Source: SVD-LLM (arXiv 2403.07378), for the inputs' side.
 
     Attributes:
         damping: Added to A's diagonal, as a share of its mean. Source: docs, whitening sweep.
@@ -35,26 +37,21 @@ class WhitenedSvd(AbstractFactorizer):
     damping: float = 1e-3
 
     def split(
-        self, weight: Tensor, moment: Tensor | None = None, *, ranks: Ranks | None = None
+        self,
+        weight: Tensor,
+        moment: Tensor | None = None,
+        *,
+        gains: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Factors:
-        """As `Svd.split`, in the metric of the inputs; without a moment it is `Svd.split`."""
+        """As `Svd.split`, in the metric of inputs and outputs; without a moment `Svd.split`."""
         if moment is None:
             return SVD.split(weight, ranks=ranks)
-        w = weight.detach().reshape(len(weight), -1).double()
-        a = damped(moment.to(w.device), self.damping)
-        if w.shape[0] <= w.shape[1]:  # W A W^T = Q S^2 Q^T, W_r = Q_r Q_r^T W
-            values, q = descending(w @ a @ w.t())
-            root = split_root(values)
-            high, low = q * root, (q.t() @ w) / root[:, None]
-        else:  # L^T W^T W L = P S^2 P^T, W_r = (W L P_r) (P_r^T L^-1)
-            chol = torch.linalg.cholesky(a)
-            wl = w @ chol
-            values, p = descending(wl.t() @ wl)
-            root = split_root(values)
-            inverse = torch.linalg.solve_triangular(chol, p.t(), upper=False, left=False)
-            high, low = (wl @ p) / root, root[:, None] * inverse
-        r = None if ranks is None else ranks[0]
-        return {"low": low[:r].float().contiguous(), "high": high[:, :r].float().contiguous()}
+        w = weight.detach().flatten(1).float()
+        a = damped(moment.to(w), self.damping)
+        g = None if gains is None else gains.to(w)
+        rank = min(w.shape) if ranks is None else min(*w.shape, ranks[0])
+        return _by_outputs(w, a, g, rank) if len(w) <= w.shape[1] else _by_inputs(w, a, g, rank)
 
     def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
         """high[:, :r] low[:r]."""
@@ -63,6 +60,38 @@ class WhitenedSvd(AbstractFactorizer):
     def break_even(self, shape: tuple[int, ...]) -> float:
         """N k / (n + k)."""
         return SVD.break_even(shape)
+
+
+def _by_outputs(w: Tensor, a: Tensor, g: Tensor | None, rank: int) -> Factors:
+    """Z = R^T W; Z A Z^T = Q S^2 Q^T; W_r = R^-T Q_r Q_r^T Z."""
+    root = None if g is None else lower_root(g)
+    z = w if root is None else root.t() @ w
+
+    def gram(dtype: torch.dtype) -> Tensor:
+        v = z.to(dtype)
+        return v @ a.to(dtype) @ v.t()
+
+    values, q = principal(gram, rank)
+    scale = split_root(values)
+    low, high = (q.t() @ z) / scale[:, None], q * scale
+    if root is not None:
+        high = torch.linalg.solve_triangular(root.t(), high, upper=True)
+    return {"low": low.contiguous(), "high": high.contiguous()}
+
+
+def _by_inputs(w: Tensor, a: Tensor, g: Tensor | None, rank: int) -> Factors:
+    """Z = W L; Z^T G Z = P S^2 P^T; W_r = Z P_r P_r^T L^-1: R is not needed."""
+    root = lower_root(a)
+    z = w @ root
+
+    def gram(dtype: torch.dtype) -> Tensor:
+        v = z.to(dtype)
+        return v.t() @ (v if g is None else g.to(dtype) @ v)
+
+    values, p = principal(gram, rank)
+    scale = split_root(values)
+    back = torch.linalg.solve_triangular(root, p.t(), upper=False, left=False)
+    return {"low": (scale[:, None] * back).contiguous(), "high": ((z @ p) / scale).contiguous()}
 
 
 WHITENED_SVD = WhitenedSvd()
