@@ -249,7 +249,7 @@ def _batches(
 
 
 def _held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """(what the chain is fitted to, what its drift is observed on); disjoint if there are enough."""
+    """What the chain is fitted to and what its drift is observed on; disjoint where many."""
     if len(batches) < HELD_OUT_FROM:
         return batches, batches[-OBSERVED_INPUTS:]
     count = min(OBSERVED_INPUTS, len(batches) // 4)
@@ -443,7 +443,9 @@ def _timed(
         name = compiled.profile.name
         ratio = float(np.median(samples[name] / samples[names[-1]]))  # of calls side by side
         if ratio > SLOWER:
-            notes.add(f"dropped profile {name!r}: it took {ratio:.2f} times as long as {names[-1]!r}")
+            notes.add(
+                f"dropped profile {name!r}: it took {ratio:.2f} times as long as {names[-1]!r}"
+            )
             continue
         latency = summarize(samples[name].tolist())
         kept.append(replace(compiled, profile=replace(compiled.profile, latency=latency)))
