@@ -12,7 +12,7 @@ DOTPROD = TargetSpec(
     mattr=("+neon", "+dotprod"),
     arch=None,
     features=frozenset({"asimd", "asimddp"}),
-    linear="portable",
+    linear="arm-sdot",
     conv="portable",
     rank_step=16,
     vector=4,
@@ -37,6 +37,7 @@ NEON = replace(
     mcpu="cortex-a72",
     mattr=("+neon",),
     features=frozenset({"asimd"}),
+    linear="portable",
     # Not measured: half of the paper peak of one SMLAL unit at 1.5 GHz.
     roofline=Roofline(
         int8_macs_s=6e9,
