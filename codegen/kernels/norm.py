@@ -45,6 +45,7 @@ class NormOptions:
         shifted: Add beta [cols]; needs `scaled`.
         residual: Normalize x + residual.
         keep_sum: Give x + residual as an output too; needs `residual`.
+        keep_output: Give the float result as an output; drop it where only its codes are read.
         layout: Also quantize the result, into codes of this layout; None: do not.
     """
 
@@ -52,6 +53,7 @@ class NormOptions:
     shifted: bool = True
     residual: bool = False
     keep_sum: bool = False
+    keep_output: bool = True
     layout: CodeLayout | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +62,8 @@ class NormOptions:
             raise ValueError("shifted norms are scaled too; give gamma, ones if there is none")
         if self.keep_sum and not self.residual:
             raise ValueError("keep_sum without residual would give back the input; drop it")
+        if not self.keep_output and self.layout is None:
+            raise ValueError("a norm without output and codes has no result; keep one of them")
 
 
 def layer_norm(rows: int, cols: int, eps: float, options: NormOptions | None = None) -> Kernel:
@@ -104,7 +108,7 @@ class _Norm:
 
     def name(self) -> str:
         o = self.options
-        flags = ("scaled", "shifted", "residual", "keep_sum")
+        flags = ("scaled", "shifted", "residual", "keep_sum", "keep_output")
         kept = [flag for flag in flags if getattr(o, flag)]
         layout: tuple[str, ...] = ()
         if o.layout is not None:
@@ -120,7 +124,11 @@ class _Norm:
         share = ceil_div(self.rows, tasks)
         with e.parallel("task", tasks, threads) as task:
             self.rest = e.alloc("rest", (LANES,), "float32")
-            self.kept = e.alloc("kept", (ceil_div(self.cols, LANES) * LANES,), "float32")
+            self.edge = e.alloc("edge", (LANES,), "float32")
+            self.kept = ""
+            if o.residual and not o.keep_sum:
+                self.kept = e.alloc("kept", (self.cols,), "float32")
+            self.result = "" if o.keep_output else e.alloc("result", (1, self.cols), "float32")
             with e.loop("row", share) as inner:
                 row = e.let("row", f"{task} * {share} + {inner}")
                 with e.maybe(f"{row} < {self.rows}" if tasks * share > self.rows else ""):
@@ -133,7 +141,7 @@ class _Norm:
         params += [buffer("beta", (self.cols,), "float32")] if o.shifted else []
         outs: list[tuple[str, tuple[int, ...], str]] = []
         outs += [("sum", shape, "float32")] if o.keep_sum else []
-        outs += [("y", shape, "float32")]
+        outs += [("y", shape, "float32")] if o.keep_output else []
         if o.layout is not None:
             outs.append(("codes", o.layout.shape(*shape), o.layout.dtype))
             outs.append(("scales", (o.layout.scales(self.rows),), "float32"))
@@ -182,7 +190,10 @@ class _Norm:
                 store(e, self.rest, "sum", row, col, value, valid)
                 if valid < LANES:
                     e(f"{self.rest}[{lanes(0)}] = {f32(0.0)}")
-            e(f"{self.kept}[{lanes(col)}] = {value}")
+            if valid < LANES:
+                e(f"{self.edge}[{lanes(0)}] = {value}")
+            elif self.kept:
+                e(f"{self.kept}[{lanes(col)}] = {value}")
             term = value if self.centred else f"{value} * {value}"
             e(f"{sums[u]} = {sums[u]} + {term}")
 
@@ -193,7 +204,7 @@ class _Norm:
             squares = self.partial(0.0)
 
             def deviate(col: str, u: int, valid: int) -> None:
-                apart = e.let("d", f"{self.kept}[{lanes(col)}] - {middle}")
+                apart = e.let("d", f"{self.source(row, col, valid)} - {middle}")
                 if valid < LANES:
                     there = f"T.ramp(0, 1, {LANES}) < T.broadcast({valid}, {LANES})"
                     apart = e.let("d", f"T.Select({there}, {apart}, {f32(0.0)})")
@@ -206,7 +217,7 @@ class _Norm:
         peaks = self.partial(0.0) if o.layout is not None else []
 
         def finish(col: str, u: int, valid: int) -> None:
-            value = f"{self.kept}[{lanes(col)}]"
+            value = self.source(row, col, valid)
             value = e.let(
                 "n", f"({value} - {middle}) * {factor}" if self.centred else f"{value} * {factor}"
             )
@@ -214,18 +225,31 @@ class _Norm:
                 value = e.let("n", f"{value} * {self.column('gamma', col, valid)}")
             if o.shifted:
                 value = e.let("n", f"{value} + {self.column('beta', col, valid)}")
-            store(e, self.rest, "y", row, col, value, valid)
+            if o.keep_output or valid == LANES:
+                store(e, self.rest, *self.output(row), col, value, valid)
             if o.layout is None:
                 return
             if valid < LANES:
                 there = f"T.ramp(0, 1, {LANES}) < T.broadcast({valid}, {LANES})"
                 value = e.let("n", f"T.Select({there}, {value}, {f32(0.0)})")
-            e(f"{self.kept}[{lanes(col)}] = {value}")
+                e(f"{self.edge}[{lanes(0)}] = {value}")
             e(f"{peaks[u]} = T.max({peaks[u]}, T.abs({value}))")
 
         self.sweep(finish)
         if o.layout is not None:
             self.quantize(row, o.layout, peaks)
+
+    def source(self, row: str, col: str, valid: int) -> str:
+        """What is normalized, from the nearest copy that is there anyway."""
+        if valid < LANES:
+            return f"{self.edge}[{lanes(0)}]"
+        if self.kept:
+            return f"{self.kept}[{lanes(col)}]"
+        return f"{'sum' if self.options.keep_sum else 'x'}[{row}, {lanes(col)}]"
+
+    def output(self, row: str) -> tuple[str, str]:
+        """Buffer and row of the float result."""
+        return ("y", row) if self.options.keep_output else (self.result, "0")
 
     def column(self, name: str, col: str, valid: int) -> str:
         """A vector of gamma or beta."""
@@ -249,7 +273,12 @@ class _Norm:
             e(f"{total}[{lanes(0)}] = {i32(0)}")
 
         def write(col: str, u: int, valid: int) -> None:
-            cut = f"T.min({self.kept}[{lanes(col)}] * {scale}, {f32(127.0)})"
+            value = (
+                f"{self.edge}[{lanes(0)}]"
+                if valid < LANES
+                else "{}[{}, {}]".format(*self.output(row), lanes(col))
+            )
+            cut = f"T.min({value} * {scale}, {f32(127.0)})"
             code = e.let("code", f"{bits(f'{cut} + {f32(ROUND)}')} - {i32(ROUND_BITS)}")
             if layout.sums:
                 e(f"{total}[{lanes(0)}] = {total}[{lanes(0)}] + {code}")

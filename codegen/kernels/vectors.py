@@ -5,7 +5,7 @@ A scratch buffer of less than 1024 bytes with the default scope becomes a stack 
 keeps in registers; larger ones, and those of scope "local", live in memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ MINUS_INFINITY = 'T.float32("-inf")'
 
 
 @contextmanager
-def scope(e: Emitter) -> Iterator[None]:
+def scope(e: Emitter) -> Generator[None]:
     """Scratch allocated inside belongs to one iteration of the parallel loop around."""
     with e.block(f'with T.sblock("{e.fresh("scope")}"):'):
         e("T.reads()")

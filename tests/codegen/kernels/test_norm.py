@@ -86,6 +86,9 @@ def test_codes_equal_the_separate_quantization(
     want_codes, want_scales = run(quantize, y)
     assert (codes == want_codes).all()
     assert (scales == want_scales).all()
+    alone = NormOptions(layout=layout, keep_output=False)
+    only = run(layer_norm(rows, cols, 1e-5, alone), x, gamma, beta)
+    assert all((a == b).all() for a, b in zip(only, (codes, scales), strict=True))
     q, scale = ops.quantize(y, (1,))
     if not layout.tiled:
         assert (codes[:, :cols].astype(int) == q).all()
@@ -106,6 +109,8 @@ def test_refuses_contradictions() -> None:
         NormOptions(scaled=False)
     with pytest.raises(ValueError, match="keep_sum without residual"):
         NormOptions(keep_sum=True)
+    with pytest.raises(ValueError, match="keep one of them"):
+        NormOptions(keep_output=False)
     with pytest.raises(ValueError, match="cols = 0"):
         layer_norm(3, 0, 1e-5)
 
@@ -118,6 +123,7 @@ def test_names_tell_all_parameters_apart() -> None:
         layer_norm(3, 20, 1e-5, NormOptions(residual=True)),
         layer_norm(3, 20, 1e-5, NormOptions(residual=True, keep_sum=True)),
         layer_norm(3, 20, 1e-5, NormOptions(layout=TILED)),
+        layer_norm(3, 20, 1e-5, NormOptions(layout=TILED, keep_output=False)),
         layer_norm(3, 20, 1e-5, NormOptions(layout=CodeLayout(tiled=False, sums=False))),
     ]
     assert len({k.name for k in kernels}) == len(kernels)
