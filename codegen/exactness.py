@@ -85,7 +85,8 @@ def _cases(
             yield _linear_case(site, part, families, rng)
     else:
         for step in conv_steps(site, codes, fmt):
-            yield _conv_case(site, step, families, rng)
+            if isinstance(step, ConvStep):
+                yield _conv_case(site, step, families, rng)
 
 
 def _linear_case(

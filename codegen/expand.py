@@ -11,10 +11,11 @@ from math import prod
 from typing import Any
 
 from t3c.codegen.import_graph import KernelCall, SiteCall, Skeleton
+from t3c.codegen.kernels.depthwise import grouped_conv
 from t3c.codegen.kernels.family import Kernel
 from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import relax, substitute
-from t3c.codegen.weights import WeightStore, conv_steps, rank_max
+from t3c.codegen.weights import DepthwiseStep, WeightStore, conv_steps, rank_max
 from t3c.core.formats import Format, LowRank
 from t3c.core.sites import ConvSite, LinearSite
 
@@ -204,8 +205,12 @@ class Body:
         y = args[0]
         for step in conv_steps(called(site, y, what), store.codes[site.name], fmt):
             shape = (step.shape.batch, step.shape.in_channels, *step.shape.in_size)
-            codes = self.quantize(y, family.quantize(step.shape), shape)
             weights = [self.weight(n) for n in names if n.startswith(f"{site.name}:{step.part}.")]
+            if isinstance(step, DepthwiseStep):
+                kernel = grouped_conv(step.shape, step.shape.in_channels, stored=step.stored)
+                y = self.call(kernel, [self.reshape(y, shape), *weights])
+                continue
+            codes = self.quantize(y, family.quantize(step.shape), shape)
             extra, epilogue = (args[1:], what.epilogue) if step.last else ([], "")
             kernel = family.conv(step.shape, step.channels_max, epilogue)
             y = self.call(kernel, [*codes, *weights, *extra])

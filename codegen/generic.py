@@ -19,7 +19,7 @@ from t3c.codegen.kernels.family import (
     Kernel,
     Packed,
 )
-from t3c.codegen.weights import conv_steps
+from t3c.codegen.weights import DepthwiseStep, conv_steps
 from t3c.core.codes import F32, Matrix
 from t3c.core.errors import LoweringError
 from t3c.core.formats import Format, LowRank
@@ -134,6 +134,11 @@ class _GenericBody(Body):
         for step in conv_steps(called(site, y, what), store.codes[site.name], fmt):
             weights = [self.weight(n) for n in names if n.startswith(f"{site.name}:{step.part}.")]
             s = step.shape
+            if isinstance(step, DepthwiseStep):
+                x = self.reshape(y, (s.batch, s.in_channels, *s.in_size))
+                depthwise = partial(ops.depthwise, shape=s)  # emit_te takes no such keyword
+                y = self.builder.emit_te(depthwise, x, weights[0], primfunc_name_hint="depthwise")
+                continue
             convolution = partial(
                 ops.convolution,
                 shape=s,

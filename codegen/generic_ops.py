@@ -82,19 +82,8 @@ def convolution(
 ) -> Any:
     """2-D convolution on codes x [b, c, h, w] and w [out or more, c or more, kh, kw]."""
     s = shape
-    (oh, ow), (height, width) = s.out_size, s.in_size
-    pad_h, pad_w = s.padding
-    padded = x
-    if pad_h or pad_w:
-        padded = te.compute(
-            (s.batch, s.in_channels, height + 2 * pad_h, width + 2 * pad_w),
-            lambda b, c, i, j: tirx.if_then_else(
-                tirx.all(i >= pad_h, i < height + pad_h, j >= pad_w, j < width + pad_w),
-                x[b, c, i - pad_h, j - pad_w],
-                tirx.const(0, "int8"),
-            ),
-            name="padded",
-        )
+    oh, ow = s.out_size
+    padded = _padded(x, s, "int8")
     c = te.reduce_axis((0, s.in_channels), "c")
     u = te.reduce_axis((0, s.kernel[0]), "u")
     v = te.reduce_axis((0, s.kernel[1]), "v")
@@ -112,6 +101,36 @@ def convolution(
         return activate(y, steps, lambda: rest[-1][b, o, i, j])
 
     return te.compute(acc.shape, finish, name="y")
+
+
+def depthwise(x: Any, w: Any, *, shape: ConvShape) -> Any:
+    """Float32 convolution of each channel of x [b, c, h, w] by its own window."""
+    s = shape
+    padded = _padded(x, s, "float32")
+    u = te.reduce_axis((0, s.kernel[0]), "u")
+    v = te.reduce_axis((0, s.kernel[1]), "v")
+
+    def term(b: Any, c: Any, i: Any, j: Any) -> Any:
+        row, column = i * s.stride[0] + u * s.dilation[0], j * s.stride[1] + v * s.dilation[1]
+        return te.sum(padded[b, c, row, column] * w[c, 0, u, v], axis=[u, v])
+
+    return te.compute((s.batch, s.out_channels, *s.out_size), term, name="depthwise")
+
+
+def _padded(x: Any, s: ConvShape, dtype: str) -> Any:
+    """X between zeros; x itself where there is no padding."""
+    (height, width), (pad_h, pad_w) = s.in_size, s.padding
+    if not (pad_h or pad_w):
+        return x
+    return te.compute(
+        (s.batch, s.in_channels, height + 2 * pad_h, width + 2 * pad_w),
+        lambda b, c, i, j: tirx.if_then_else(
+            tirx.all(i >= pad_h, i < height + pad_h, j >= pad_w, j < width + pad_w),
+            x[b, c, i - pad_h, j - pad_w],
+            tirx.const(0, dtype),
+        ),
+        name="padded",
+    )
 
 
 def activate(y: Any, steps: Sequence[str], residual: Any) -> Any:

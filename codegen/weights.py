@@ -1,7 +1,9 @@
 """The weight file of an artifact: every tensor that some profile reads, packed once and shared."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,8 @@ from t3c.core.codes import F32, Matrix, SiteCodes
 from t3c.core.errors import LoweringError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.sites import ConvSite, LinearSite, Site
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +72,45 @@ class ConvStep:
     last: bool = False
 
 
-def conv_steps(site: ConvSite, codes: SiteCodes, fmt: Format) -> tuple[ConvStep, ...]:
+@dataclass(frozen=True, slots=True)
+class DepthwiseStep:
+    """One float32 convolution of each channel by itself, between the integer ones of CP.
+
+    Attributes:
+        part: Name of its weights within the site.
+        shape: Its sizes in this profile; in and out channels are the rank.
+        weight: [rank_max, 1, kh, kw].
+    """
+
+    part: str
+    shape: ConvShape
+    weight: F32
+
+    @property
+    def stored(self) -> int:
+        """Channels of the packed weights: whole vectors, so that arrays stay aligned."""
+        return -(-len(self.weight) // _ALIGNED) * _ALIGNED
+
+    def pack(self) -> Packed:
+        """Weights and a bias of zeros."""
+        more = ((0, self.stored - len(self.weight)), (0, 0), (0, 0), (0, 0))
+        bias = np.zeros(self.stored, np.float32)
+        return {"weight": np.pad(self.weight, more), "bias": bias}
+
+
+Step = ConvStep | DepthwiseStep
+_ALIGNED = 16
+"""Float32 elements in 64 bytes."""
+
+
+def conv_steps(site: ConvSite, codes: SiteCodes, fmt: Format) -> tuple[Step, ...]:
     """The convolutions that one format of a site runs, in order.
 
     Before: y = conv(x)
     After:  y = conv(x)                          dense
             y = expand(reduce(x))                lowrank (1x1 windows)
             y = expand(core(reduce(x)))          tucker2
+            y = out(wide(tall(in(x))))           cp: integers, float32, float32, integers
     """
     whole = conv_shape(site)
     match fmt:
@@ -116,7 +152,21 @@ def conv_steps(site: ConvSite, codes: SiteCodes, fmt: Format) -> tuple[ConvStep,
                 ),
             )
         case CP():
-            raise LoweringError(f"site {site.name!r}: format {fmt} has no kernel on this target")
+            inner, outer = _need(codes.cp_in, site, fmt), _need(codes.cp_out, site, fmt)
+            tall, wide = _need(codes.cp_tall, site, fmt), _need(codes.cp_wide, site, fmt)
+            first = _pointwise(whole, site.in_channels, fmt.rank, site.in_size, None)
+            down = _axis(whole, fmt.rank, site.in_size, 0)
+            across = _axis(whole, fmt.rank, (site.out_size[0], site.in_size[1]), 1)
+            last = _pointwise(whole, fmt.rank, site.out_channels, site.out_size, None)
+            rank = inner.q.shape[0]
+            return (
+                ConvStep("cp_in", first, (rank, site.in_channels), _as_conv(inner), None),
+                DepthwiseStep("cp_tall", down, tall[:, None, :, None]),
+                DepthwiseStep("cp_wide", across, wide[:, None, None, :]),
+                ConvStep(
+                    "cp_out", last, (site.out_channels, rank), _as_conv(outer), codes.bias, True
+                ),
+            )
 
 
 def _pointwise(
@@ -135,11 +185,29 @@ def _pointwise(
     )
 
 
+def _axis(like: ConvShape, rank: int, size: tuple[int, int], axis: int) -> ConvShape:
+    """A depthwise convolution along one axis, with that axis' share of the window."""
+
+    def along(pair: tuple[int, int], other: int) -> tuple[int, int]:
+        return (pair[0], other) if axis == 0 else (other, pair[1])
+
+    return ConvShape(
+        batch=like.batch,
+        in_channels=rank,
+        out_channels=rank,
+        in_size=size,
+        kernel=along(like.kernel, 1),
+        stride=along(like.stride, 1),
+        padding=along(like.padding, 0),
+        dilation=along(like.dilation, 1),
+    )
+
+
 def _as_conv(m: Matrix) -> Matrix:
     return Matrix(m.q.reshape(*m.q.shape, 1, 1), m.scale)
 
 
-def _need(m: Matrix | None, site: Site, fmt: Format) -> Matrix:
+def _need(m: _T | None, site: Site, fmt: Format) -> _T:
     if m is None:
         raise LoweringError(f"site {site.name!r}: no weights were made for format {fmt}")
     return m
@@ -191,8 +259,7 @@ class WeightStore:
         )  # fmt: skip
         if isinstance(site, ConvSite):
             return [
-                (s.part, lambda s=s: conv.pack(*_sized(s, exact)))  # type: ignore[misc]
-                for s in conv_steps(site, codes, fmt)
+                (s.part, partial(_pack, s, conv, exact=exact)) for s in conv_steps(site, codes, fmt)
             ]
         match fmt:
             case Dense():
@@ -218,12 +285,14 @@ class WeightStore:
         return self._counted[key]
 
 
-def _sized(step: ConvStep, exact: bool) -> tuple[Matrix, F32 | None, ConvShape]:
-    """Arguments of `pack`: all channels that are stored, or only those that the step reads."""
-    if not exact:
-        return step.codes, step.bias, step.shape
-    cut = step.codes.prefix(rows=step.shape.out_channels, cols=step.shape.in_channels)
-    return cut, step.bias, step.shape
+def _pack(step: Step, conv: AbstractConvKernels, *, exact: bool) -> Packed:
+    """All channels that are stored, or (`exact`) only those that the step reads."""
+    outputs, inputs = step.shape.out_channels, step.shape.in_channels
+    if isinstance(step, DepthwiseStep):
+        cut = replace(step, weight=step.weight[:outputs]) if exact else step
+        return cut.pack()
+    codes = step.codes.prefix(rows=outputs, cols=inputs) if exact else step.codes
+    return conv.pack(codes, step.bias, step.shape)
 
 
 def rank_max(site: LinearSite, codes: SiteCodes) -> int:

@@ -29,16 +29,25 @@ PARALLEL_ELEMENTS = 1 << 16
 MINUS_INFINITY = 'T.float32("-inf")'
 
 
-def grouped_conv(shape: ConvShape, groups: int, epilogue: str = "") -> Kernel:
-    """(x [b, in, h, w], weight [out, in / groups, kh, kw], bias [out], [residual]) -> y.
+def grouped_conv(
+    shape: ConvShape, groups: int, epilogue: str = "", *, stored: int | None = None
+) -> Kernel:
+    """(x [b, in, h, w], weight [stored, in / groups, kh, kw], bias [stored], [residual]) -> y.
 
     All float32; `groups` == in == out is a depthwise convolution. The residual has y's shape and
     is an argument only if `epilogue` has the step "add".
+
+    Args:
+        shape: Sizes.
+        groups: Groups of channels that see only each other.
+        epilogue: Steps after the bias.
+        stored: Output channels of weight and bias, of which the first are read; None: the shape's.
 
     Raises:
         ValueError: If the channels do not split into `groups`.
     """
     steps = epilogue_steps(epilogue)
+    stored = shape.out_channels if stored is None else stored
     if groups < 1 or shape.in_channels % groups or shape.out_channels % groups:
         raise ValueError(
             f"{groups} groups do not divide {shape.in_channels} input and {shape.out_channels} "
@@ -71,13 +80,14 @@ def grouped_conv(shape: ConvShape, groups: int, epilogue: str = "") -> Kernel:
             window.slide(e, f"{b}, {channel}", scratch, inner, spare, start, add, finish)
     params = [
         buffer("x", (shape.batch, shape.in_channels, *shape.in_size), "float32"),
-        buffer("weight", (shape.out_channels, inner, *shape.kernel), "float32"),
-        buffer("bias", (shape.out_channels,), "float32"),
+        buffer("weight", (stored, inner, *shape.kernel), "float32"),
+        buffer("bias", (stored,), "float32"),
     ]
     if "add" in steps:
         params.append(buffer("residual", out, "float32"))
     params.append(buffer("y", out, "float32"))
-    name = kernel_name("grouped_conv", groups, window.tag(), *steps)
+    most = "" if stored == shape.out_channels else f"of{stored}"
+    name = kernel_name("grouped_conv", groups, most, window.tag(), *steps)
     return Kernel(name, e.function(name, params), ((out, "float32"),))
 
 

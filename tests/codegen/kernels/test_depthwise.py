@@ -46,6 +46,14 @@ def test_grouped_convolution(case: str, epilogue: str) -> None:
     torch.testing.assert_close(got, torch.relu(want + residual) if epilogue else want)
 
 
+def test_a_smaller_convolution_reads_the_first_channels_of_stored_weights() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 20, 9, 9), torch.randn(32, 1, 3, 1), torch.randn(32)
+    shape = ConvShape(1, 20, 20, (9, 9), (3, 1), (2, 1), (1, 0), (1, 1))
+    got = run(grouped_conv(shape, 20, stored=32), x, weight, bias)
+    torch.testing.assert_close(got, F.conv2d(x, weight[:20], bias[:20], (2, 1), (1, 0), 1, 20))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ceil_mode", [False, True])
 def test_pooling(case: str, ceil_mode: bool) -> None:
