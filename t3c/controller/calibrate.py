@@ -3,13 +3,13 @@
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from t3c.controller.gradients import Seen, look
 from t3c.controller.progress import Progress, silent
-from t3c.controller.suffix import floats, site_calls
+from t3c.controller.suffix import rows_of
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Format, LowRank, Tucker2
 from t3c.core.registry import resolve
@@ -154,21 +154,28 @@ def collect(
     if not batches:
         raise T3CError("calibration needs at least one batch of inputs; got none")
     deadline = None if seconds is None else time.monotonic() + seconds
-    runner = _Collector(elastic, elastic.sites if sites is None else sites)
+    wanted = [
+        name
+        for name, site in elastic.sites.items()
+        if (sites is None or name in sites) and width(site) <= SIDE_MAX
+    ]
+    moments: dict[str, Moment] = {}
     for done, batch in enumerate(batches):
         progress("collecting statistics", done, len(batches))
         if done and deadline is not None and time.monotonic() > deadline:
             break
-        with elastic.using(None):
-            runner.look(batch, seed=done)
+        for seen in look(elastic, batch, wanted, [done]):
+            moment = _moment(elastic.sites[seen.site], seen)
+            known = moments.get(seen.site)
+            moments[seen.site] = moment if known is None else known + moment
     progress("collecting statistics", len(batches), len(batches))
-    for name, moment in runner.moments.items():
+    for name, moment in moments.items():
         if not bool(moment.total.isfinite().all()):
             raise T3CError(
                 f"site {name!r} sees inputs that are not finite on the calibration data; "
                 "check the batches, then the model"
             )
-    return runner.moments
+    return moments
 
 
 def kind_of(layer: ElasticLayer) -> type[Format]:
@@ -198,58 +205,10 @@ def width(site: Site) -> int:
             return site.in_channels
 
 
-class _Collector(fx.Interpreter):
-    """Runs the graph and adds up moments where sites are called."""
-
-    def __init__(self, elastic: ElasticModel, sites: Collection[str]) -> None:
-        super().__init__(elastic.graph)
-        self.site_of = {
-            node: elastic.sites[name]
-            for name, nodes in site_calls(elastic).items()
-            for node in nodes
-            if name in sites and width(elastic.sites[name]) <= SIDE_MAX
-        }
-        self.calls: list[tuple[Site, Tensor, Tensor]] = []
-        self.moments: dict[str, Moment] = {}
-
-    def look(self, batch: Batch, seed: int) -> None:
-        """Run one batch forwards and a random projection of its outputs backwards."""
-        self.calls = []
-        with torch.enable_grad():
-            outputs = [y for y in floats(self.run(*batch)) if y.requires_grad]
-            random = torch.Generator().manual_seed(seed)
-            probes = [torch.randn(y.shape, generator=random).to(y.dtype) for y in outputs]
-            results = [y for _, _, y in self.calls]
-            gradients: Sequence[Tensor | None] = [None] * len(results)
-            if outputs and results:
-                gradients = torch.autograd.grad(outputs, results, probes, allow_unused=True)
-        for (site, x, _), gradient in zip(self.calls, gradients, strict=True):
-            moment = _moment(site, x, gradient)
-            seen = self.moments.get(site.name)
-            self.moments[site.name] = moment if seen is None else seen + moment
-        self.calls = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run the node; keep its input and output if it is a site."""
-        result = super().run_node(n)
-        site = self.site_of.get(n)
-        if site is not None:
-            if not result.requires_grad:  # frozen parameters: gradients start here
-                result.requires_grad_()
-            self.calls.append((site, self.env[n.all_input_nodes[0]].detach(), result))
-        return result
-
-
-def _moment(site: Site, x: Tensor, gradient: Tensor | None) -> Moment:
+def _moment(site: Site, seen: Seen) -> Moment:
     """Moments of one call of a site."""
-    linear = isinstance(site, LinearSite)
-
-    def rows_of(value: Tensor) -> Tensor:
-        value = value if linear else value.movedim(1, -1)
-        return value.reshape(-1, value.shape[-1])
-
-    rows, gains = rows_of(x), None
-    if gradient is not None and rows_of(gradient).shape[1] <= SIDE_MAX:
-        back = rows_of(gradient)
-        gains = back.T @ back
+    rows, gains = rows_of(site, seen.x), None
+    for slope in seen.slopes:
+        back = rows_of(site, slope)
+        gains = back.T @ back if back.shape[1] <= SIDE_MAX else None
     return Moment(rows.T @ rows, gains, len(rows))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from t3c.controller.gradients import look
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import Suffix
 from t3c.core.errors import T3CError
@@ -21,6 +22,8 @@ from t3c.core.profile import Label
 from t3c.elastic.model import ElasticModel
 
 Batch = tuple[Tensor, ...]
+PROBES = 4
+"""Random projections of the outputs behind the estimates."""
 Menu = Mapping[str, Sequence[Format]]
 """Site name -> formats on its menu, dense first, then falling."""
 
@@ -31,9 +34,9 @@ class Entry:
 
     Attributes:
         damage: Relative squared drift of the outputs, never less than that of a larger format.
-        label: Measured, or estimated: the relative error of the site's own outputs times a gain
-            measured with other formats of the site (or, if there was no time for any, at the
-            nearest site that was measured).
+        label: Measured, or estimated: the error of the site's own outputs, weighed by gradients,
+            times a gain measured with other formats of the site (or, if there was no time for
+            any, at the nearest site that was measured).
         batches: Batches behind it; 0 when estimated.
     """
 
@@ -126,7 +129,10 @@ def measure(
             "the model's outputs are all zero or not finite on the first calibration batch; "
             "drift relative to them means nothing"
         )
+    seen = look(elastic, batches[0], list(menu), range(PROBES))
+    bench.suffix.weigh({call.node: call.slopes for call in seen})
     local = _local_errors(bench.suffix, menu, progress)
+    bench.suffix.weigh({})
     levels = list(_levels(menu))
     begin = time.monotonic()
     for done, (site, fmt) in enumerate(levels[0] if levels else []):
@@ -187,7 +193,7 @@ def _ranked(formats: Sequence[Format]) -> list[Format]:
 def _local_errors(
     suffix: Suffix, menu: Menu, progress: Progress
 ) -> dict[tuple[str, Format], float]:
-    """Relative squared error of the site's own outputs, every entry, on the loaded batch."""
+    """`Suffix.local` of every entry, on the loaded batch."""
     found: dict[tuple[str, Format], float] = {}
     for done, (site, formats) in enumerate(menu.items()):
         progress("measuring layers", done, len(menu))

@@ -1,5 +1,6 @@
 """Run a graph once and keep every value; then re-run only what depends on one site."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,8 +8,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from t3c.core.sites import LinearSite, Site
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.model import ElasticModel
+
+EFFECTIVE_ROWS = 16
+"""So many rows with gradients are trusted half in the directions that they show."""
 
 
 class Suffix:
@@ -34,6 +39,7 @@ class Suffix:
         }
         self._values: dict[fx.Node, Any] = {}
         self._original: list[Tensor] = []
+        self._slopes: dict[fx.Node, Tensor] = {}
 
     def load(self, batch: Sequence[Tensor]) -> None:
         """Run the original float model on one batch and keep every value."""
@@ -41,20 +47,40 @@ class Suffix:
         with torch.no_grad(), self.elastic.using(None):
             result = runner.run(*batch)
         self._values = runner.env
+        self._slopes = {}
         self._original = list(floats(result))
 
     def energy(self) -> float:
         """Squared norm of the original outputs of the loaded batch."""
         return sum(float(y.double().square().sum()) for y in self._original)
 
+    def weigh(self, slopes: Mapping[fx.Node, Sequence[Tensor]]) -> None:
+        """Let `local` weigh errors by gradients at the outputs of sites, for the loaded batch.
+
+        Args:
+            slopes: Call of a site -> gradients of random projections of the model's outputs.
+        """
+        self._slopes = {node: torch.stack(list(found)) for node, found in slopes.items() if found}
+
     def local(self, site: str) -> float:
-        """Relative squared error of the site's own outputs under the formats in force."""
+        """Damage of the formats in force as the site's own output errors tell it.
+
+        To first order, rows taken as independent: sum (g . error)^2 over the rows, relative to the
+        energy of the model's outputs. Without gradients, the relative squared error of the site.
+        """
         runner = self._runner()
-        error = energy = 0.0
+        error = energy = damage = 0.0
         with torch.no_grad():
             for node in self.calls[site]:
-                error += _squared(runner.run_node(node), self._values[node])
+                result = runner.run_node(node)
+                error += _squared(result, self._values[node])
                 energy += float(self._values[node].double().square().sum())
+                if node in self._slopes:
+                    off = rows_of(self.elastic.sites[site], result - self._values[node])
+                    back = [rows_of(self.elastic.sites[site], g) for g in self._slopes[node]]
+                    damage += _first_order(off, torch.stack(back))
+        if damage > 0 and math.isfinite(damage):
+            return damage / self.energy()
         return error / energy if energy > 0 else 0.0
 
     def drift(self, site: str) -> float:
@@ -97,6 +123,25 @@ def floats(result: Any) -> Iterator[Tensor]:
     for leaf in pytree.tree_leaves(result):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             yield leaf
+
+
+def rows_of(site: Site, value: Tensor) -> Tensor:
+    """Inputs or outputs of a site as rows: [positions or pixels, features or channels]."""
+    value = value if isinstance(site, LinearSite) else value.movedim(1, -1)
+    return value.reshape(-1, value.shape[-1])
+
+
+def _first_order(off: Tensor, slopes: Tensor) -> float:
+    """Expected squared change of the outputs: errors [rows, n], gradients [probes, rows, n].
+
+    Few effective rows tell too little about directions: there, all directions count alike.
+    """
+    size = slopes.square().sum(2)
+    along = float((slopes * off).sum(2).square().sum())
+    alike = float((size * off.square().sum(1)).sum()) / off.shape[1]
+    spread = float(size.sum() ** 2 / size.square().sum().clamp_min(1e-30))
+    trust = spread / (spread + EFFECTIVE_ROWS)
+    return (trust * along + (1 - trust) * alike) / len(slopes)
 
 
 def _squared(new: Tensor, old: Tensor) -> float:
