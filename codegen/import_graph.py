@@ -4,7 +4,7 @@ An opaque call is a `call_dps_packed` whose name is a key into `Skeleton.opaque`
 legalization and fusion untouched; `expand.py` replaces it, profile by profile, by kernel calls.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,11 +119,8 @@ def _parameters(
         if item.kind is InputKind.USER_INPUT:
             continue
         target = str(item.target)
-        table: Mapping[str, Any] = (
-            program.constants
-            if target in program.constants and target not in program.state_dict
-            else program.state_dict
-        )
+        fixed = target in program.constants and target not in program.state_dict
+        table: Any = program.constants if fixed else program.state_dict
         value = table[target].detach().cpu().contiguous()
         found[str(item.arg.name)] = (target, value.numpy())
     return found
@@ -184,7 +181,3 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
 
 def _shape(node: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in node.meta["val"].shape)
-
-
-def _dtype(node: Any) -> torch.dtype:
-    return node.meta["val"].dtype  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ by the call of TVM's IR builder that the parser would have made in the end.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,7 +130,7 @@ def _argument(name: str, annotation: Any) -> Any:
 
 
 @contextmanager
-def _loop(names: tuple[str, ...], frame: Any) -> Iterator[Any]:
+def _loop(names: tuple[str, ...], frame: Any) -> Generator[Any]:
     with frame as variables:
         for name, variable in zip(names, variables if len(names) > 1 else [variables], strict=True):
             IRBuilder.name(name, variable)

@@ -83,7 +83,7 @@ def run(threads: int, out: Path, target: str, rounds: int) -> None:
     tell(f"{artifact.manifest} at {artifact.path}")
 
     torch.backends.quantized.engine = "onednn"  # the fast one; the default runs at fp32 speed
-    quantize: Any = torch.ao.quantization.quantize_dynamic
+    quantize: Any = torch.ao.quantization.quantize_dynamic  # pyright: ignore[reportDeprecated]
     int8: Any = quantize(model, {torch.nn.Linear}, torch.qint8)
     texts = [tokens(text) for pair in held_out for text in pair]
     contestants: dict[str, Callable[..., Any]] = {"torch fp32": model, "torch int8": int8}

@@ -6,6 +6,7 @@ function returns (model in eval mode, example inputs); the command line takes it
 """
 
 from importlib.resources import files
+from typing import Any
 
 import torch
 import transformers as tr
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 Built = tuple[nn.Module, tuple[Tensor, ...]]
 TOKENS = 128
+LABELS: dict[str, Any] = {"num_labels": 1000}
 
 
 def _image(size: int = 224) -> tuple[Tensor]:
@@ -41,19 +43,19 @@ def minilm() -> Built:
 def resnet50() -> Built:
     """ResNet-50, 224 x 224."""
     torch.manual_seed(0)
-    return _ready(tr.ResNetForImageClassification(tr.ResNetConfig(num_labels=1000))), _image()
+    return _ready(tr.ResNetForImageClassification(tr.ResNetConfig(**LABELS))), _image()
 
 
 def vit_b16() -> Built:
     """ViT-B/16, 224 x 224."""
     torch.manual_seed(0)
-    return _ready(tr.ViTForImageClassification(tr.ViTConfig(num_labels=1000))), _image()
+    return _ready(tr.ViTForImageClassification(tr.ViTConfig(**LABELS))), _image()
 
 
 def swin_t() -> Built:
     """Swin-T, 224 x 224."""
     torch.manual_seed(0)
-    return _ready(tr.SwinForImageClassification(tr.SwinConfig(num_labels=1000))), _image()
+    return _ready(tr.SwinForImageClassification(tr.SwinConfig(**LABELS))), _image()
 
 
 def bert_base() -> Built:

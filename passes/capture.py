@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from t3c.core.errors import PassError
@@ -122,7 +123,7 @@ def capture(
         TypeError: `model` is none of the three, or the inputs are not a tuple.
     """
     kwargs = dict(example_kwargs or {})
-    if not isinstance(example_inputs, tuple):
+    if not isinstance(example_inputs, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"example_inputs is a {type(example_inputs).__name__}; write (x,)")
     if isinstance(model, ExportedProgram):
         if not example_inputs and not kwargs:
@@ -130,8 +131,13 @@ def capture(
                 raise TypeError("the exported program stores no example inputs; pass them")
             example_inputs, kwargs = model.example_inputs
         return _finish(copy.deepcopy(model), example_inputs, kwargs, (), "exported-program", [])
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model is a {type(model).__name__}; give a Module or an ExportedProgram")
+    if not example_inputs and not kwargs:
+        raise TypeError(
+            "example_inputs is missing; give the arguments of one call, for example (x,): "
+            "their shapes are what the library is compiled for"
+        )
     notes = []
     if any(m.training for m in model.modules()):
         notes.append("the model was in train mode; captured in eval mode")
@@ -210,7 +216,7 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         node.replace_all_uses_with(read)
         traced.graph.erase_node(node)
     traced.add_module("model", model)
-    traced.graph.set_codegen(fx.graph.CodeGen())
+    traced.graph.set_codegen(CodeGen())
     traced.recompile()
     return torch.export.export(wrapper, args, kwargs, strict=False)
 
@@ -268,8 +274,6 @@ def _finish(
         )
     leaves, in_tree = pytree.tree_flatten((args, kwargs))
     module = program.module(check_guards=False)
-    if not isinstance(module, fx.GraphModule):
-        raise PassError("torch.export gave no graph module")
     graph = module.graph
     slots = [n for n in graph.nodes if n.op == "placeholder"]
     if len(slots) != len(leaves):
@@ -297,7 +301,7 @@ def _finish(
     end.args = (tuple(outputs),)
     order = iter(range(len(outputs)))
     out_places = tuple(next(order) if isinstance(r, fx.Node) else None for r in results)
-    graph.set_codegen(fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
     flat = fx.GraphModule(module, graph, class_name="T3CGraph")
     if route == "make_fx":
         _strip(flat, "traced.model.")
@@ -336,7 +340,7 @@ def _strip(gm: fx.GraphModule, prefix: str) -> None:
             *path, leaf = name.split(".")
             owner: nn.Module = gm
             for part in path:
-                if part not in owner._modules:
+                if part not in owner._modules:  # pyright: ignore[reportPrivateUsage]
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             if isinstance(tensor, nn.Parameter):
@@ -371,7 +375,7 @@ def _describe_nodes(gm: fx.GraphModule) -> None:
 
 
 def _plain(value: Tensor) -> Tensor:
-    if any(not isinstance(n, int) for n in value.shape):
+    if any(type(n) is not int for n in value.shape):
         raise PassError(f"a tensor has the dynamic shape {tuple(value.shape)}; shapes are static")
     return on_meta(value)
 

@@ -5,6 +5,8 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.node import map_arg
 
 from t3c.passes.base import AbstractPass, Log
 from t3c.passes.nodes import add_constant, at_top, aten, constant, is_call, value_of
@@ -44,7 +46,7 @@ class FoldConstants(AbstractPass):
                     values[node] = found
             elif _pure(node) and all(n in values for n in node.all_input_nodes):
                 if self._fits(node):
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+                    args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
                     with torch.no_grad():
                         values[node] = node.target(*args, **kwargs)
         for node in reversed(list(gm.graph.nodes)):
@@ -79,9 +81,9 @@ def _pure(node: fx.Node) -> bool:
     """Whether a call gives the same value each time and can be evaluated here."""
     if node.op != "call_function":
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return node.target.__module__ in ("_operator", "operator", "math")
-    schema = node.target._schema
+    schema = node.target._schema  # pyright: ignore[reportPrivateUsage]
     tags = node.target.tags
     return (
         not schema.is_mutable

@@ -158,11 +158,10 @@ class _Masks:
             return self._constant(mask, value, square)
         if mask not in self.made:
             graph = self.gm.graph
-            with graph.inserting_after(mask):
-                new = mask
-                if value_of(mask).dtype == torch.bool:
-                    ones = emit(graph, aten._to_copy.default, mask, dtype=torch.float32)
+            new = mask
             if value_of(mask).dtype == torch.bool:
+                with graph.inserting_after(mask):
+                    ones = emit(graph, aten._to_copy.default, mask, dtype=torch.float32)
                 with graph.inserting_after(ones):
                     less = emit(graph, aten.sub.Tensor, ones, 1.0)
                 with graph.inserting_after(less):

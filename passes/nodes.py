@@ -70,7 +70,8 @@ def on_meta(value: Tensor) -> Tensor:
 
 def _meta(arg: Any) -> Any:
     if isinstance(arg, fx.Node):
-        return value_of(arg)
+        several = arg.meta.get("val")  # of unbind, split and the like
+        return several if isinstance(several, list | tuple) else value_of(arg)
     if isinstance(arg, list | tuple):
         return type(arg)(_meta(a) for a in arg)
     return arg
@@ -98,7 +99,11 @@ def _exists(gm: fx.GraphModule, target: str) -> bool:
     for part in target.split("."):
         if not isinstance(value, torch.nn.Module):
             raise PassError(f"cannot store {target!r}: a tensor has the name of its module")
-        found = value._modules.get(part, value._parameters.get(part, value._buffers.get(part)))
+        known = vars(value)
+        found = next(
+            (known[k][part] for k in ("_modules", "_parameters", "_buffers") if part in known[k]),
+            None,
+        )
         if found is None:
             return part in value.__dict__
         value = found
@@ -114,7 +119,7 @@ def add_constant(gm: fx.GraphModule, target: str, value: Tensor, *, parameter: b
     *path, leaf = name.split(".")
     owner: torch.nn.Module = gm
     for part in path:
-        if part not in owner._modules:
+        if part not in owner._modules:  # pyright: ignore[reportPrivateUsage]
             owner.add_module(part, torch.nn.Module())
         owner = owner.get_submodule(part)
     if parameter and value.is_floating_point():

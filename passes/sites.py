@@ -75,9 +75,10 @@ def refusal(weight: Tensor | None, x: Tensor) -> str | None:
 def install(gm: fx.GraphModule, path: str, module: nn.Module) -> str:
     """Add an elastic module under ``sites`` and give its name in the graph."""
     name = f"sites.{path.replace('.', '_')}"
-    if "sites" not in gm._modules:
+    if "sites" not in gm._modules:  # pyright: ignore[reportPrivateUsage]
         gm.add_module("sites", nn.Module())
-    taken, base, count = set(gm.get_submodule("sites")._modules), name, 1
+    taken = set(gm.get_submodule("sites")._modules)  # pyright: ignore[reportPrivateUsage]
+    base, count = name, 1
     while name.removeprefix("sites.") in taken:
         count += 1
         name = f"{base}_{count}"

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -323,7 +323,7 @@ def test_times_say_whether_they_were_measured(calls: int, label: Label, tmp_path
 
 
 @contextmanager
-def damaged(patch: pytest.MonkeyPatch, harm: Callable[[str, Any], Any]) -> Iterator[None]:
+def damaged(patch: pytest.MonkeyPatch, harm: Callable[[str, Any], Any]) -> Generator[None]:
     """Every library is built with weights that are not the reference's."""
 
     def wrong(*args: Any) -> Built:

@@ -351,6 +351,7 @@ class _Product:
             rows = f"T.min({rows}, {s.out_channels} - {n} * {2 * ROWS})"
         with e.block(f"for r in range({rows}):"):
             channel = e.let("channel", f"{n} * {2 * ROWS} + r")
+            scale = bias = ""
             if not self.raw:
                 scale = e.let("s", splat(f"(scales[{b}] * wscale[{channel}])"))
                 bias = e.let("h", splat(f"bias[{channel}]"))

@@ -5,7 +5,7 @@ Python. Values that are used twice are bound by `let` (``v: T.let = ...``) and s
 scratch buffers in an epilogue may be kept in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import final
 
@@ -133,7 +133,7 @@ class Emitter:
         self._lines.append("    " * self._depth + line)
 
     @contextmanager
-    def block(self, header: str) -> Iterator[None]:
+    def block(self, header: str) -> Generator[None]:
         """Indent what follows under `header`."""
         self(header)
         self._depth += 1
@@ -141,7 +141,7 @@ class Emitter:
         self._depth -= 1
 
     @contextmanager
-    def maybe(self, condition: str) -> Iterator[None]:
+    def maybe(self, condition: str) -> Generator[None]:
         """An ``if`` around what follows; nothing where the condition is ""."""
         if not condition:
             yield
@@ -150,7 +150,7 @@ class Emitter:
             yield
 
     @contextmanager
-    def loop(self, hint: str, count: int) -> Iterator[str]:
+    def loop(self, hint: str, count: int) -> Generator[str]:
         """A serial loop; gives its variable, or "0" without a loop where count is 1."""
         if count == 1:
             yield "0"
@@ -160,7 +160,7 @@ class Emitter:
             yield var
 
     @contextmanager
-    def parallel(self, hint: str, count: int, threads: bool) -> Iterator[str]:
+    def parallel(self, hint: str, count: int, threads: bool) -> Generator[str]:
         """A loop over independent tasks, spread over threads if asked for and count > 1."""
         if not threads or count == 1:
             with self.loop(hint, count) as var:

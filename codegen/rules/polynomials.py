@@ -131,7 +131,8 @@ def _power(let: _Chain, x: Any, exponent: Any) -> Any | None:
             return x
         case -1.0:
             return _f(1.0) / x
-    return None
+        case _:
+            return None
 
 
 def expand(call: Any, args: Sequence[Any]) -> Any | None:
@@ -153,4 +154,5 @@ def expand(call: Any, args: Sequence[Any]) -> Any | None:
         case "tirx.pow":
             value = _power(let, args[0], args[1])
             return None if value is None else let.close(value)
-    return None
+        case _:
+            return None

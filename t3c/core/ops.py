@@ -9,6 +9,8 @@ Output: y = acc * (scale_x * scale_w) + bias, then the epilogue steps in order.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,21 @@ EPILOGUE_STEPS = ("relu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "add")
 TINY = np.float32(1e-12)
 
 
+_ERF = np.vectorize(math.erf, otypes=[np.float32])
+_ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
+    "relu": lambda y: np.maximum(y, np.float32(0)),
+    "gelu": lambda y: y * np.float32(0.5) * (1 + _ERF(y / np.float32(math.sqrt(2)))),
+    "gelu-tanh": lambda y: (
+        np.float32(0.5)
+        * y
+        * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (y + np.float32(0.044715) * y**3)))
+    ),
+    "silu": lambda y: y / (1 + np.exp(-y)),
+    "tanh": np.tanh,
+    "sigmoid": lambda y: 1 / (1 + np.exp(-y)),
+}
+
+
 def quantize(x: F32, axes: tuple[int, ...]) -> tuple[I8, F32]:
     """Codes and scale of x, one scale for each slice over `axes` (kept as size 1)."""
     peak = np.maximum(np.abs(x).max(axis=axes, keepdims=True), TINY)
@@ -34,28 +51,14 @@ def quantize(x: F32, axes: tuple[int, ...]) -> tuple[I8, F32]:
 def activate(y: F32, epilogue: str, residual: F32 | None = None) -> F32:
     """Apply the epilogue steps of `epilogue` (comma separated, "" is none) in order."""
     for step in filter(None, epilogue.split(",")):
-        match step:
-            case "relu":
-                y = np.maximum(y, np.float32(0))
-            case "gelu":
-                erf = np.vectorize(math.erf, otypes=[np.float32])
-                gate: F32 = (1 + erf(y / np.float32(math.sqrt(2)))).astype(np.float32)
-                y = y * np.float32(0.5) * gate
-            case "gelu-tanh":
-                inner = np.float32(math.sqrt(2 / math.pi)) * (y + np.float32(0.044715) * y**3)
-                y = np.float32(0.5) * y * (1 + np.tanh(inner))
-            case "silu":
-                y = y / (1 + np.exp(-y))
-            case "tanh":
-                y = np.tanh(y)
-            case "sigmoid":
-                y = 1 / (1 + np.exp(-y))
-            case "add":
-                if residual is None:
-                    raise ValueError("epilogue 'add' needs the residual input")
-                y = y + residual
-            case _:
-                raise ValueError(f"epilogue step {step!r}; allowed are {', '.join(EPILOGUE_STEPS)}")
+        if step == "add":
+            if residual is None:
+                raise ValueError("epilogue 'add' needs the residual input")
+            y = y + residual
+        elif step in _ACTIVATIONS:
+            y = _ACTIVATIONS[step](y).astype(np.float32)
+        else:
+            raise ValueError(f"epilogue step {step!r}; allowed are {', '.join(EPILOGUE_STEPS)}")
     return y
 
 
@@ -68,7 +71,8 @@ def linear_accumulators(x: F32, w: Matrix) -> NDArray[np.int32]:
 def linear(x: F32, w: Matrix, bias: F32 | None = None) -> F32:
     """One int8 product: x [rows, k] -> [rows, n]."""
     _, scale = quantize(x, (1,))
-    y = linear_accumulators(x, w).astype(np.float32) * (scale * w.scale[None, :])
+    sums = linear_accumulators(x, w).astype(np.float32)
+    y: F32 = np.multiply(sums, np.multiply(scale, w.scale[None, :]))
     return y if bias is None else y + bias
 
 
@@ -97,5 +101,6 @@ def conv2d(
             rows = slice(i * dilation[0], i * dilation[0] + stride[0] * (oh - 1) + 1, stride[0])
             cols = slice(j * dilation[1], j * dilation[1] + stride[1] * (ow - 1) + 1, stride[1])
             acc += np.einsum("bchw,oc->bohw", p[:, :, rows, cols], w.q[:, :, i, j].astype(np.int64))
-    y = acc.astype(np.int32).astype(np.float32) * (scale * w.scale[None, :, None, None])
+    sums = acc.astype(np.int32).astype(np.float32)
+    y: F32 = np.multiply(sums, np.multiply(scale, w.scale[None, :, None, None]))
     return y if bias is None else y + bias[None, :, None, None]

@@ -57,13 +57,16 @@ class ElasticConv(ElasticLayer):
                     self.reach("expand", self.site.out_channels, 1),
                 )
             case CP():
-                return (self.reach("cp_in", self._cp_rank()),) * 2
+                rank = self.reach("cp_in", self._cp_rank())
+                return rank, rank
             case _:
-                return (self.reach("low", self.site.full_rank),) * 2
+                rank = self.reach("low", self.site.full_rank)
+                return rank, rank
 
     def factorizer(self, kind: type[Format]) -> str:
         """By the format's kind."""
-        return {LowRank: "whitened-svd", Tucker2: "tucker2", CP: "cp"}[kind]
+        names: dict[type[Format], str] = {LowRank: "whitened-svd", Tucker2: "tucker2", CP: "cp"}
+        return names[kind]
 
     def _cp_rank(self) -> int:
         """The largest CP rank worth fitting: above it the dense weight is smaller."""

@@ -3,6 +3,7 @@
 Accumulators are exact: `torch._int_mm` where this machine's is, else float64 products.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -39,14 +40,17 @@ def high_plane(q: Tensor) -> Tensor:
     return (torch.round(q.float() / 16).clamp(-7, 7) * 16).to(torch.int8)
 
 
+_int_mm: Callable[[Tensor, Tensor], Tensor] = vars(torch)["_int_mm"]
+
+
 @cache
 def _int_mm_is_exact(device: str) -> bool:
     """Whether `torch._int_mm` neither fails nor saturates on extreme codes."""
     a = torch.full((32, 64), 127, dtype=torch.int8, device=device)
     b = torch.full((64, 32), -127, dtype=torch.int8, device=device)
     try:
-        mixed = torch._int_mm(a, -b)  # all positive: saturates where products are added in int16
-        return bool((torch._int_mm(a, b) == -64 * 127**2).all() and (mixed == 64 * 127**2).all())
+        mixed = _int_mm(a, -b)  # all positive: saturates where products are added in int16
+        return bool((_int_mm(a, b) == -64 * 127**2).all() and (mixed == 64 * 127**2).all())
     except (RuntimeError, NotImplementedError):
         return False
 
@@ -57,7 +61,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     on_gpu = a.device.type != "cpu"
     small = on_gpu and (a.shape[0] <= 16 or a.shape[1] % 8 or b.shape[0] % 8)
     if not small and a.shape[1] > 1 and a.numel() and _int_mm_is_exact(str(a.device)):
-        return torch._int_mm(_canonical(a), _canonical(b).t())
+        return _int_mm(_canonical(a), _canonical(b).t())
     return (a.double() @ b.double().t()).to(torch.int32)
 
 

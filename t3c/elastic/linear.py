@@ -27,7 +27,8 @@ class ElasticLinear(ElasticLayer):
 
     def most(self, fmt: Format) -> tuple[int, int]:
         """What the factors reach, or full rank."""
-        return (self.reach("low", self.site.full_rank),) * 2
+        rank = self.reach("low", self.site.full_rank)
+        return rank, rank
 
     def factorizer(self, kind: type[Format]) -> str:
         """SVD in the metric of the inputs, or plain where that is unknown."""

@@ -1,6 +1,6 @@
 """The elastic model: one graph, every format."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -20,21 +20,26 @@ class Structure(Protocol):
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """Flat example inputs."""
+        ...
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the flat inputs."""
+        ...
 
     @property
     def output_names(self) -> tuple[str, ...]:
         """Names of the flat outputs."""
+        ...
 
     @property
     def structure(self) -> dict[str, Any]:
         """Inputs and outputs as plain JSON."""
+        ...
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """A call's arguments, flat."""
+        ...
 
     def unflatten(self, outputs: tuple[Tensor, ...]) -> Any:
         """The graph's outputs in the user's structure."""
@@ -83,7 +88,7 @@ class ElasticModel:
     @contextmanager
     def using(
         self, formats: Mapping[str, Format] | None, quantize: bool = True
-    ) -> Iterator["ElasticModel"]:
+    ) -> Generator["ElasticModel"]:
         """Run in these formats inside the block; the earlier ones return after it, come what may.
 
         Args:

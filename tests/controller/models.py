@@ -56,7 +56,7 @@ def conv(name: str, out: int, fan_in: int, size: int, stride: int = 1) -> Elasti
         (1, 1),
         1,
         (size, size),
-        ((size - 1) // stride + 1,) * 2,
+        ((size - 1) // stride + 1, (size - 1) // stride + 1),
         True,
     )
     return ElasticConv(site, weight, torch.randn(out) * 0.1)

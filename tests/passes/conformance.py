@@ -96,7 +96,7 @@ class PassConformance:
         self, step: AbstractPass, graph: fx.GraphModule, inputs: list[Tensor]
     ) -> None:
         after, _ = run_passes(graph, [step])
-        seen: dict[fx.Node, Tensor] = {}
+        seen: dict[fx.Node, object] = {}
 
         class Spy(Reference):
             def run_node(self, n: fx.Node) -> object:

@@ -73,7 +73,7 @@ class Tucker2Hosvd(AbstractFactorizer):
             expand = torch.linalg.solve_triangular(root.t(), expand, upper=True)
         expand, core = balance(expand, core)
         swapped, reduce = balance(core.transpose(0, 1).flatten(1).t(), reduce)
-        core = swapped.t().unflatten(1, (core.shape[0], *core.shape[2:])).transpose(0, 1)
+        core = swapped.t().reshape(-1, core.shape[0], *core.shape[2:]).transpose(0, 1)
         return {
             "reduce": reduce.contiguous(),
             "core": core.contiguous(),
