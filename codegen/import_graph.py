@@ -172,7 +172,16 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         ]
         return generic_ops.attention(importer.block_builder, *args)
 
+    def embed(node: torch.fx.Node, importer: Any) -> Any:
+        """Look rows up; an index beyond the table reads its edge, not foreign memory."""
+        emit_op = importer.block_builder.emit
+        weight, indices = (importer.env[a] for a in node.args[:2])
+        flat = emit_op(relax.op.reshape(emit_op(relax.op.astype(indices, "int32")), (-1,)))
+        rows = emit_op(relax.op.take(weight, flat, axis=0, mode="clip"))
+        return emit_op(relax.op.reshape(rows, _shape(node)))
+
     return {
+        "embedding.default": embed,
         "site_linear.default": site,
         "site_conv.default": site,
         "attention.default": generic_attend if spec.linear == "generic" else attend,
