@@ -12,6 +12,9 @@ SHARE_OF_MAX = 0.6
 DRIFT_MAX = 0.3
 """Below `SHARE_OF_MAX` Tiny goes on only while the predicted relative drift stays under this."""
 
+DRIFT_WEIGHT = 0.5
+"""Of drift against time in the spacing of profiles."""
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -107,7 +110,10 @@ def hull(row: Sequence[Option]) -> list[int]:
 
 
 def cut(plans: Sequence[Plan], count: int) -> list[Plan]:
-    """At most `count` distinct plans, smallest first, evenly spaced in time from Tiny to Max.
+    """At most `count` distinct plans, smallest first, evenly spaced from Tiny to Max.
+
+    Distance is the share of the time between them and half the share of the drift up to
+    `DRIFT_MAX`: even in time, but denser where drift rises and still is worth having.
 
     Args:
         plans: A path, largest first.
@@ -119,13 +125,26 @@ def cut(plans: Sequence[Plan], count: int) -> list[Plan]:
     if count < 1:
         raise ValueError(f"{count} profiles wanted; a chain has at least 1")
     last = max(tiny(plans), min(count, len(plans)) - 1)
-    top, bottom = plans[0].seconds, plans[last].seconds
+    steps = min(count, last + 1) - 1
+    at = _positions(plans[: last + 1])
     picked = [0]
-    for i in range(1, min(count, last + 1)):
-        want = top - (top - bottom) * i / (min(count, last + 1) - 1)
-        room = range(picked[-1] + 1, last - (min(count, last + 1) - 1 - i) + 1)
-        picked.append(min(room, key=lambda j: abs(plans[j].seconds - want)))
+    for i in range(1, steps + 1):
+        want = at[-1] * i / steps
+        room = range(picked[-1] + 1, last - (steps - i) + 1)
+        picked.append(min(room, key=lambda j: abs(at[j] - want)))
     return [plans[i] for i in reversed(picked)]
+
+
+def _positions(plans: Sequence[Plan]) -> list[float]:
+    """How far each plan is down the path: see `cut`."""
+    time = plans[0].seconds - plans[-1].seconds
+    drifts = [min(plan.drift, DRIFT_MAX) for plan in plans]
+    rise = drifts[-1] - drifts[0]
+    return [
+        (plans[0].seconds - plan.seconds) / (time or 1.0)
+        + DRIFT_WEIGHT * (drift - drifts[0]) / (rise or 1.0)
+        for plan, drift in zip(plans, drifts, strict=True)
+    ]
 
 
 def tiny(plans: Sequence[Plan]) -> int:

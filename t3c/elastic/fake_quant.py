@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from t3c.core.ops import TINY
 
+SUM_MAX = 1 << 24
+"""Integers up to here, and all smaller ones, are float32 numbers."""
 Codes = tuple[Tensor, Tensor]
 """int8 codes [rows, ...] and float32 scales [rows]."""
 
@@ -65,6 +67,58 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double().t()).to(torch.int32)
 
 
+@cache
+def _float_conv_is_exact(device: str) -> bool:
+    """Whether float32 convolutions of codes are exact: direct sums, not Winograd's, not TF32."""
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    draw = torch.Generator().manual_seed(0)
+    for batch, channels, side in ((1, 100, 3), (2, 64, 3), (1, 1000, 1)):
+        x = torch.randint(-127, 128, (batch, channels, 20, 20), generator=draw).double()
+        w = torch.randint(-127, 128, (32, channels, side, side), generator=draw).double()
+        got = functional.conv2d(x.float(), w.float(), padding=side // 2)
+        if not torch.equal(got.double(), functional.conv2d(x, w, padding=side // 2)):
+            return False
+    return True
+
+
+@torch.no_grad()
+def accumulators(
+    q: Tensor,
+    codes: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """Exact convolution of int8 codes q [batch, in, h, w] with [out, in, kh, kw], as float32.
+
+    Float32 sums below 2^24 are exact in any order. Where that bound does not hold for the whole
+    window, integer products of unfolded windows are used, or sums over few channels at a time.
+    """
+    device, channels, taps = str(q.device), q.shape[1], codes.shape[2] * codes.shape[3]
+    most = SUM_MAX // (127 * 127 * taps)
+    few = channels <= most * max(1, taps // 3)  # sums that take less time than unfolding
+    if _float_conv_is_exact(device) and most and (few or not _int_mm_is_exact(device)):
+        total: Tensor | None = None
+        for at in range(0, channels, most):
+            part = functional.conv2d(
+                q[:, at : at + most].float(),
+                codes[:, at : at + most].float(),
+                None,
+                stride,
+                padding,
+                dilation,
+            )
+            if channels <= most:
+                return part
+            total = part.int() if total is None else total + part.int()
+        if total is not None:
+            return total.float()
+    patches, (oh, ow) = unfold(q, tuple(codes.shape[2:]), stride, padding, dilation)
+    acc = product(patches, codes.reshape(len(codes), -1)).reshape(len(q), oh, ow, len(codes))
+    return acc.permute(0, 3, 1, 2).float()
+
+
 def _canonical(a: Tensor) -> Tensor:
     """The same matrix with row-major strides: `_int_mm` reads those of axes of size 1, too."""
     return a.reshape(-1).view(a.shape)
@@ -93,9 +147,8 @@ def conv2d(
     """X [batch, in, height, width] through one int8 convolution, one activation scale per image."""
     codes, w_scale = w
     q, scale = quantize(x, (1, 2, 3))
-    patches, (oh, ow) = unfold(q, tuple(codes.shape[2:]), stride, padding, dilation)
-    acc = product(patches, codes.reshape(len(codes), -1)).reshape(len(x), oh, ow, len(codes))
-    y = acc.permute(0, 3, 1, 2).float() * (scale * w_scale[None, :, None, None])
+    acc = accumulators(q, codes, stride, padding, dilation)
+    y = acc * (scale * w_scale[None, :, None, None])
     return y if bias is None else y + bias[None, :, None, None]
 
 

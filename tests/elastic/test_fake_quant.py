@@ -62,6 +62,27 @@ def test_products_of_extreme_codes_are_exact(exact: bool, monkeypatch: pytest.Mo
     assert int(fake_quant.product(a, -a)[0, 0]) == -4096 * 127 * 127
 
 
+@pytest.mark.parametrize("integers", [True, False])
+@pytest.mark.parametrize("floats", [True, False])
+@pytest.mark.parametrize(("channels", "side"), [(115, 3), (116, 3), (1040, 1), (1041, 1), (3, 40)])
+def test_accumulators_are_exact_on_either_path(
+    channels: int, side: int, integers: bool, floats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if integers:
+        monkeypatch.setattr(fake_quant, "_int_mm_is_exact", lambda _: False)
+    if floats:
+        monkeypatch.setattr(fake_quant, "_float_conv_is_exact", lambda _: False)
+    draw = torch.Generator().manual_seed(0)
+    extreme = torch.tensor([-127, 127, 126], dtype=torch.int8)
+    q = extreme[torch.randint(3, (1, channels, side + 2, side + 1), generator=draw)]
+    w = extreme[torch.randint(3, (2, channels, side, side), generator=draw)]
+    w[0] = 127  # the sums of q = 127 reach the bound
+    q[..., :side, :side] = 127
+    got = fake_quant.accumulators(q, w, (2, 1), (1, 0))
+    want = torch.nn.functional.conv2d(q.double(), w.double(), None, (2, 1), (1, 0))
+    assert torch.equal(got, want.float())
+
+
 def test_high_plane_keeps_fifteen_levels() -> None:
     q = torch.arange(-127, 128, dtype=torch.int8)
     high = fake_quant.high_plane(q)

@@ -8,7 +8,7 @@ import torch
 from t3c.core.errors import T3CError
 from t3c.core.registry import resolve
 from t3c.elastic.factorize import FACTORIZATIONS
-from t3c.elastic.factorize.base import AbstractFactorizer, damped, second_moment
+from t3c.elastic.factorize.base import AbstractFactorizer, damped, principal, second_moment
 from t3c.elastic.factorize.cp import CP_ALS, CpAls
 from t3c.elastic.factorize.svd import SVD
 from t3c.elastic.factorize.tucker2 import TUCKER2, Tucker2Hosvd
@@ -62,6 +62,44 @@ def test_whitening_wins_on_the_inputs_it_saw(shape: tuple[int, int]) -> None:
         bound = float(best[rank:].norm()) * 500**0.5
         assert errors[1] < errors[0]
         assert errors[1] <= bound * 1.01
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (80, 80)])
+@pytest.mark.parametrize("decades", [1, 3, 8])  # of the inputs' variances: 8 are beyond float32
+@pytest.mark.parametrize("weighed", [False, True])
+def test_float32_is_within_a_percent_of_the_optimum(
+    shape: tuple[int, int], decades: int, weighed: bool
+) -> None:
+    torch.manual_seed(decades)
+    w, (n, k) = torch.randn(shape), shape
+    turn, _ = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64))
+    moment = turn @ torch.diag(10 ** -torch.linspace(0, decades, k).double()) @ turn.T
+    root = torch.randn(n, n, dtype=torch.float64) / n**0.5
+    gains = root @ root.T + 0.03 * torch.eye(n) if weighed else None
+    metric = damped(moment, WHITENED_SVD.damping)
+    left = torch.linalg.cholesky(torch.eye(n).double() if gains is None else gains)
+    best = torch.linalg.svdvals(left.T @ w.double() @ torch.linalg.cholesky(metric))
+    for rank in (4, 16, 32):
+        found = WHITENED_SVD.split(w, moment.float(), gains=gains, ranks=(rank,))
+        off = left.T @ WHITENED_SVD.residual(w, found, (rank,)).double()
+        lost = float(torch.trace(off @ metric @ off.T))
+        assert lost <= 1.01 * float(best[rank:].square().sum())
+        assert found["low"].shape == (rank, k)
+
+
+def test_principal_falls_back_to_float64() -> None:
+    asked = []
+
+    def gram(dtype: torch.dtype) -> torch.Tensor:
+        asked.append(dtype)
+        return torch.diag(torch.tensor([1.0, 1e-4, 1e-9], dtype=dtype))
+
+    values, vectors = principal(gram, 2)
+    assert asked == [torch.float32]
+    assert (values.shape, vectors.shape) == ((2,), (3, 2))
+    values, _ = principal(gram, 3)
+    assert asked[1:] == [torch.float32, torch.float64]
+    assert float(values[2]) == pytest.approx(1e-9, rel=1e-5)
 
 
 def test_large_layer_takes_well_under_a_second() -> None:
