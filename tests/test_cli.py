@@ -165,6 +165,7 @@ def api(monkeypatch: pytest.MonkeyPatch, artifact: Artifact) -> list[Any]:
     models: Any = ModuleType("some_models")
     models.net = lambda: (torch.nn.Linear(2, 2), torch.zeros(1, 2))
     models.named = lambda: (torch.nn.Linear(2, 2), {"x": torch.zeros(1, 2)})
+    models.calibrated = lambda: (*models.net(), [torch.ones(1, 2), (torch.zeros(1, 2),)])
     models.bare = lambda: (torch.nn.Linear(2, 2), None)
     models.single = lambda: torch.nn.Linear(2, 2)
     models.number = 3
@@ -182,6 +183,25 @@ def test_lower_takes_a_callable(api: list[Any], artifact: Artifact, tmp_path: Pa
     as_json = call("lower", "some_models:named", "--out", tmp_path / "o", "--json")
     assert json.loads(as_json.stdout)["artifact"] == str(artifact.path)
     assert list(api[1][1]["example_kwargs"]) == ["x"]
+
+
+def test_lower_takes_calibration_and_a_choice_of_layers(api: list[Any], tmp_path: Path) -> None:
+    choice = ("--include", "a.*", "--include", "b.*", "--exclude", "*.head", "--profiles", 3)
+    done = call("lower", "some_models:calibrated", *choice, "--out", tmp_path / "o")
+    assert done.exit_code == 0, done.stderr
+    kwargs = api[0][1]
+    assert [tuple(x.shape for x in call) for call in kwargs["calibration"]] == [((1, 2),)] * 2
+    assert (kwargs["include"], kwargs["exclude"]) == (["a.*", "b.*"], ["*.head"])
+    assert kwargs["profiles"] == 3
+    call("lower", "some_models:net", "--out", tmp_path / "o")
+    kwargs = api[1][1]
+    assert (kwargs["calibration"], kwargs["include"], kwargs["exclude"]) == (None, ("*",), ())
+
+
+def test_an_unknown_target_is_told_before_the_model_is_made(tmp_path: Path) -> None:
+    done = call("lower", "no_such_module:net", "-t", "sparc", "--out", tmp_path / "o")
+    assert done.exit_code == 6
+    assert "unknown target 'sparc'; known are arm" in done.stderr
 
 
 def test_lower_takes_shapes_files_and_exported_programs(api: list[Any], tmp_path: Path) -> None:
