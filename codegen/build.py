@@ -166,7 +166,6 @@ def _lower_floats(module: Any, spec: TargetSpec, target: Any) -> Any:
                 relax.transform.DecomposeOpsForInference(),
                 relax.transform.CanonicalizeBindings(),
                 relax.transform.EliminateCommonSubexpr(),
-                relax.transform.FastMathTransform(),
                 relax.transform.LegalizeOps(),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FoldConstant(),
