@@ -1,10 +1,13 @@
 """One look at calibration data: second moments at every site, then factors that fit the data."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from t3c.controller.gradients import Seen, look
@@ -123,12 +126,30 @@ def factorize(
         Sites whose factors ignore the data.
     """
     names = list(moments) if most is None else list(most)
-    for done, name in enumerate(names):
-        progress("factorizing", done, len(names))
+
+    def factors(name: str) -> Factors:
         ranks = None if most is None else most[name]
-        elastic.set_factors(name, split(elastic.layers[name], moments.get(name), ranks))
+        return split(elastic.layers[name], moments.get(name), ranks)
+
+    # A site per thread: eigenproblems this small gain nothing from more, and wait for each other
+    # where other processes keep a core busy.
+    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        for done, (name, made) in enumerate(zip(names, pool.map(factors, names), strict=True)):
+            progress("factorizing", done, len(names))
+            elastic.set_factors(name, made)
     progress("factorizing", len(names), len(names))
     return tuple(n for n in (elastic.sites if most is None else most) if n not in moments)
+
+
+@contextmanager
+def _one_thread_each() -> Generator[int]:
+    """Let every torch operator run on one thread; gives the threads that there were."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def collect(

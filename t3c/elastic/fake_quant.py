@@ -70,7 +70,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 @cache
 def _float_conv_is_exact(device: str) -> bool:
     """Whether float32 convolutions of codes are exact: direct sums, not Winograd's, not TF32."""
-    if device != "cpu" or not torch.backends.mkldnn.is_available():
+    if device != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     draw = torch.Generator().manual_seed(0)
     for batch, channels, side in ((1, 100, 3), (2, 64, 3), (1, 1000, 1)):
