@@ -10,9 +10,10 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from t3c.codegen.import_graph import KernelCall, SiteCall, Skeleton
+from t3c.codegen.import_graph import KernelCall, NormCall, SiteCall, Skeleton
 from t3c.codegen.kernels.depthwise import grouped_conv
 from t3c.codegen.kernels.family import Kernel
+from t3c.codegen.kernels.norm import NormOptions, layer_norm
 from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import relax, substitute
 from t3c.codegen.weights import DepthwiseStep, WeightStore, conv_steps, rank_max
@@ -34,6 +35,7 @@ class ProfileBuilder:
         self.store = store
         self.kernels: dict[str, Any] = {}
         self.builder = relax.BlockBuilder(skeleton.module)
+        self.quantized = _read_by_linear(skeleton, store)
 
     def module(self) -> Any:
         """The module with every profile added so far and without the skeleton."""
@@ -146,6 +148,8 @@ class Body:
         what = self.owner.skeleton.opaque[key]
         if isinstance(what, KernelCall):
             result = self._kernel_call(what, args)
+        elif isinstance(what, NormCall):
+            result = self._norm(what, args, binding.var in self.owner.quantized)
         else:
             site = self.owner.store.sites[what.site]
             fmt = self.formats[what.site]
@@ -182,6 +186,20 @@ class Body:
         shaped = [self.reshape(a, s) for a, s in zip(args, what.shapes, strict=True)]
         return self.reshape(self.call(what.kernel, shaped), what.out_shape)
 
+    def _norm(self, what: NormCall, args: list[Any], quantized: bool) -> Any:
+        """A layer norm; with the codes of its rows where a linear layer reads them."""
+        family = self.owner.store.families.linear
+        rows, cols = prod(what.shape[:-1]), what.shape[-1]
+        layout = family.rows_layout(rows) if quantized else None
+        kernel = layer_norm(rows, cols, what.eps, NormOptions(layout=layout))
+        result = self.call(kernel, [self.reshape(args[0], (rows, cols)), *args[1:]])
+        if layout is None:
+            return self.reshape(result, what.shape)
+        y, *codes = (self.builder.emit(relax.TupleGetItem(result, i)) for i in range(3))
+        y = self.reshape(y, what.shape)
+        self.quantized[y, family.quantize(rows, cols).name] = tuple(codes)
+        return y
+
     def linear(self, site: LinearSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
         """One call of an elastic linear layer: x and, if the epilogue adds one, the residual."""
         family = self.owner.store.families.linear
@@ -215,6 +233,17 @@ class Body:
             kernel = family.conv(step.shape, step.channels_max, epilogue)
             y = self.call(kernel, [*codes, *weights, *extra])
         return self.reshape(y, what.out_shape)
+
+
+def _read_by_linear(skeleton: Skeleton, store: WeightStore) -> set[Any]:
+    """Variables of ``main`` that an elastic linear layer takes as x."""
+    found = set()
+    for block in skeleton.module["main"].body.blocks:
+        for binding in block.bindings:
+            what = skeleton.opaque.get(_opaque_key(binding.value) or "")
+            if isinstance(what, SiteCall) and isinstance(store.sites[what.site], LinearSite):
+                found.add(binding.value.args[1].fields[0])
+    return found
 
 
 def called(site: ConvSite, x: Any, what: SiteCall) -> ConvSite:

@@ -4,6 +4,7 @@ An opaque call is a `call_dps_packed` whose name is a key into `Skeleton.opaque`
 legalization and fusion untouched; `expand.py` replaces it, profile by profile, by kernel calls.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,16 +47,34 @@ class KernelCall:
         kernel: The kernel; its first inputs are the arguments, reshaped to `shapes`.
         shapes: Shape of each argument as the kernel takes it.
         out_shape: Shape of the result in the graph.
-        norm: (rows, cols, eps) of a layer norm whose rows a linear layer may quantize; else None.
     """
 
     kernel: Kernel
     shapes: tuple[tuple[int, ...], ...]
     out_shape: tuple[int, ...]
-    norm: tuple[int, int, float] | None = None
 
 
-Opaque = SiteCall | KernelCall
+@dataclass(frozen=True, slots=True)
+class NormCall:
+    """A layer norm over the last axis with gain and shift: arguments x, gamma, beta.
+
+    Where a linear layer reads the result, its codes are written in the same pass.
+
+    Attributes:
+        shape: Shape of x and of the result.
+        eps: Added to the variance.
+    """
+
+    shape: tuple[int, ...]
+    eps: float
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the result in the graph."""
+        return self.shape
+
+
+Opaque = SiteCall | KernelCall | NormCall
 
 
 @dataclass(slots=True)
@@ -89,7 +108,9 @@ def import_program(program: torch.export.ExportedProgram, spec: TargetSpec) -> S
     Raises:
         LoweringError: The importer does not know an operator; the message names it.
     """
-    program = program.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own trees
+        program = program.run_decompositions({})
     opaque: dict[str, Opaque] = {}
     try:
         module = from_exported_program(
@@ -172,6 +193,15 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         ]
         return generic_ops.attention(importer.block_builder, *args)
 
+    def norm(node: torch.fx.Node, importer: Any) -> Any:
+        arguments: Any = node.args
+        x, normalized, *affine = arguments[:4]
+        if len(normalized) != 1 or len(affine) != 2 or None in affine:
+            return importer._layer_norm(node)
+        eps = float(arguments[4]) if len(arguments) > 4 else 1e-5
+        args = [importer.env[a] for a in (x, *affine)]
+        return emit(importer, "layer_norm", NormCall(_shape(x), eps), args)
+
     def embed(node: torch.fx.Node, importer: Any) -> Any:
         """Look rows up; an index beyond the table reads its edge, not foreign memory."""
         emit_op = importer.block_builder.emit
@@ -180,12 +210,14 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         rows = emit_op(relax.op.take(weight, flat, axis=0, mode="clip"))
         return emit_op(relax.op.reshape(rows, _shape(node)))
 
-    return {
+    known: dict[str, Converter] = {
         "embedding.default": embed,
         "site_linear.default": site,
         "site_conv.default": site,
-        "attention.default": generic_attend if spec.linear == "generic" else attend,
     }
+    if spec.linear == "generic":
+        return {**known, "attention.default": generic_attend}
+    return {**known, "attention.default": attend, "layer_norm.default": norm}
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -7,12 +7,15 @@ m, n, k >= 1.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from t3c.core.codes import F32, Matrix
+
+if TYPE_CHECKING:
+    from t3c.codegen.kernels.linear_tiles import CodeLayout
 
 Packed = dict[str, NDArray[np.generic]]
 """Name -> array, in the order in which the kernel takes them. The byte size of each array is a
@@ -69,6 +72,10 @@ class AbstractLinearKernels(ABC):
     @abstractmethod
     def quantize(self, m: int, k: int) -> Kernel:
         """(x [m, k] f32) -> (codes, scales [>= m] f32), codes in this family's own layout."""
+
+    def rows_layout(self, m: int) -> "CodeLayout | None":
+        """Where `quantize` of m rows writes; a norm may then write there itself. None: it may not."""
+        return None
 
     @abstractmethod
     def pack_dense(self, w: Matrix, bias: F32) -> Packed:

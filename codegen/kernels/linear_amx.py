@@ -224,6 +224,10 @@ class AmxLinear(AbstractLinearKernels):
         ]
         return Kernel(name, e.function(name, params), ((codes, "int8"), (scales, "float32")))
 
+    def rows_layout(self, m: int) -> CodeLayout | None:
+        """Tiles; a single row goes another way."""
+        return LAYOUT if m > 1 else None
+
     def pack_dense(self, w: Matrix, bias: F32) -> Packed:
         """Weights [n/16][k/64][16][64], then scale and bias padded to 16."""
         return {

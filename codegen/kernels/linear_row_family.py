@@ -7,7 +7,13 @@ from numpy.typing import NDArray
 
 from t3c.codegen.kernels.family import AbstractLinearKernels, Kernel, Packed
 from t3c.codegen.kernels.linear_rows import RowKernels
-from t3c.codegen.kernels.linear_tiles import check_rank, check_sizes, pack_columns, pack_lines
+from t3c.codegen.kernels.linear_tiles import (
+    CodeLayout,
+    check_rank,
+    check_sizes,
+    pack_columns,
+    pack_lines,
+)
 from t3c.core.codes import F32, I8, Matrix
 
 
@@ -27,6 +33,11 @@ class AbstractRowFamily(AbstractLinearKernels):
         """See `RowKernels.quantize`."""
         check_sizes(self.name, m=m, k=k)
         return self.rows.quantize(m, k)
+
+    def rows_layout(self, m: int) -> CodeLayout | None:
+        """Row-major codes, where they are bytes."""
+        layout = self.rows.dot.layout
+        return layout if layout.dtype == "int8" else None
 
     def pack_dense(self, w: Matrix, bias: F32) -> Packed:
         """Weights [n/16][k/64][lines][bytes], then scale and bias padded to 16."""
