@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -84,7 +85,8 @@ def run(threads: int, out: Path, target: str, rounds: int) -> None:
 
     torch.backends.quantized.engine = "onednn"  # the fast one; the default runs at fp32 speed
     quantize: Any = torch.ao.quantization.quantize_dynamic  # pyright: ignore[reportDeprecated]
-    int8: Any = quantize(model, {torch.nn.Linear}, torch.qint8)
+    with warnings.catch_warnings(action="ignore"):  # torch announces its successor
+        int8: Any = quantize(model, {torch.nn.Linear}, torch.qint8)
     texts = [tokens(text) for pair in held_out for text in pair]
     contestants: dict[str, Callable[..., Any]] = {"torch fp32": model, "torch int8": int8}
     contestants |= dict(session.variants)
@@ -241,13 +243,13 @@ def _show(rows: Sequence[Row], manifest: Any, switch: float, out: Path) -> None:
         ],
         f"MiniLM on {manifest.target.name} ({manifest.target.mcpu}), {manifest.stages}",
     )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(
         "drift: mean L2 distance of unit embeddings to torch fp32; top-1: second half of a "
         f"docstring found by its first among {PAIRS}; a budget switch took {switch * 1e6:.1f} us"
     )
-    points = [plots.Point(r.name, r.p50_ms, r.top1 * 100) for r in rows]
+    points = [plots.Point(r.name.removeprefix("torch "), r.p50_ms, r.top1 * 100) for r in rows]
     series = [
         plots.Series("torch", tuple(points[:2])),
         plots.Series("T3C profiles", tuple(points[2:]), chain=True),

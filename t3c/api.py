@@ -22,7 +22,7 @@ from t3c.certificate.observed import certify
 from t3c.codegen.build import Built, build, is_host
 from t3c.codegen.tools import require
 from t3c.controller.plan import Plan, plan
-from t3c.core.artifact import Artifact
+from t3c.core.artifact import Artifact, check_replaceable
 from t3c.core.errors import LoweringError, ParityError, TargetError
 from t3c.core.formats import Format
 from t3c.core.manifest import (
@@ -141,12 +141,15 @@ def lower(
         The artifact: `path`, `library`, and `manifest` with profiles, report and parity.
 
     Raises:
+        ArtifactError: `out` exists and is no artifact.
         TargetError: Unknown target (the known ones are listed), or tools are missing.
         LoweringError: The graph does not fit the target.
         ParityError: A profile does not compute what its torch reference computes.
     """
     spec = targets.get(target) if isinstance(target, str) else target
     require(spec)
+    where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
+    check_replaceable(where)  # before the work, not after it
     notes = _Notes(say)
     if isinstance(model, ElasticModel):
         elastic = model
@@ -173,7 +176,6 @@ def lower(
     built = _build(elastic, chosen, spec, progress)
     chain = certify(elastic, chosen.chain, held, progress=progress)
     manifest = _manifest(elastic, chain, built, spec, batches)
-    where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
     with tempfile.TemporaryDirectory() as scratch:
         library = Path(scratch) / "model.so"
         built.save(library)
@@ -242,6 +244,9 @@ def _batches(
             "calibration=[(x,), ...] with real inputs for a chain that fits your data"
         )
         return [elastic.example_inputs]
+    for i, args in enumerate(calibration):
+        if not isinstance(args, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"calibration[{i}] is a {type(args).__name__}; write (x,)")
     batches = [elastic.captured.flatten(args, {}) for args in calibration]
     if not batches:
         raise ValueError("calibration is empty; leave it out, or give at least one call")

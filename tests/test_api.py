@@ -307,6 +307,18 @@ def test_an_empty_calibration_is_refused(tmp_path: Path) -> None:
         small(calibration=[], out=tmp_path / "net")
 
 
+def test_a_bare_tensor_as_calibration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"calibration\[0\] is a Tensor; write \(x,\)"):
+        small(calibration=[draw(1, 2, 64)], out=tmp_path / "net")
+
+
+def test_a_folder_that_is_no_artifact_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(t3c.ArtifactError, match="is no T3C artifact"):
+        small(out=tmp_path, example_inputs=())  # told before the model is looked at
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_what_was_assumed_is_said_and_stored(tmp_path: Path) -> None:
     told: list[str] = []
     artifact = small(out=tmp_path / "net", say=told.append)

@@ -114,13 +114,13 @@ def writing(out: str | os.PathLike[str]) -> Generator[Path]:
         ArtifactError: `out` is something else, which is left alone.
     """
     path = Path(out)
-    _check_replaceable(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     fresh.chmod(0o755)
     try:
         yield fresh
-        _check_replaceable(path)
+        check_replaceable(path)
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
         if path.exists():
             os.rename(path, old / "artifact")
@@ -141,7 +141,12 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     return sealed
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
+    """Refuse a folder that `writing` would not replace: neither absent, empty nor an artifact.
+
+    Raises:
+        ArtifactError: It is something else.
+    """
     if not path.exists() and not path.is_symlink():
         return
     if path.is_dir() and not path.is_symlink():
