@@ -67,7 +67,9 @@ def examine(name: str) -> dict[str, Any]:
         artifact = t3c.lower(model, "x86", inputs, Path(scratch) / name)
         seconds = time.perf_counter() - began
         manifest = artifact.manifest
-        size = {p: (artifact.path / p).stat().st_size for p in (manifest.library, "weights.safetensors")}
+        size = {
+            p: (artifact.path / p).stat().st_size for p in (manifest.library, "weights.safetensors")
+        }
     elastic = t3c.elasticize(model, inputs)
     whole = {site: _full_rank(s) for site, s in elastic.sites.items()}
     with torch.inference_mode():

@@ -214,7 +214,9 @@ def openvino_runs(
     nncf.set_log_level(logging.ERROR)
     path, given = _exported(model, inputs, folder)
     core = ov.Core()
-    transformer = {"model_type": nncf.ModelType.TRANSFORMER} if "int" in str(inputs[0].dtype) else {}
+    transformer = (
+        {"model_type": nncf.ModelType.TRANSFORMER} if "int" in str(inputs[0].dtype) else {}
+    )
     quantized = nncf.quantize(
         core.read_model(str(path)), nncf.Dataset([given] * 2), subset_size=2, **transformer
     )

@@ -2,10 +2,10 @@
 
     python benchmarks/switching.py [--artifact folder]
 
-Lowers MiniLM unless an artifact is given. Measures the median time of `set_budget` between far-apart
-budgets, the bytes that all switches copied, the addresses of the weights before and after, and lets
-eight threads switch and call at once: every result must equal that of the profile that the call ran,
-bit for bit. Results go to benchmarks/switching.json.
+Lowers MiniLM unless an artifact is given. Measures the median time of `set_budget` between
+far-apart budgets, the bytes that all switches copied, the addresses of the weights before and
+after, and lets eight threads switch and call at once: every result must equal that of the profile
+that the call ran, bit for bit. Results go to benchmarks/switching.json.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def measure(session: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
         draw = random.Random(seed)
         for _ in range(CALLS):
             name = draw.choice(names)
-            if not np.array_equal(session.variants[name](*inputs)["last_hidden_state"], expected[name]):
+            if not np.array_equal(
+                session.variants[name](*inputs)["last_hidden_state"], expected[name]
+            ):
                 wrong.append(name)
             session.set_budget(latency_ms=draw.choice(budgets))
             result = session(*inputs)["last_hidden_state"]

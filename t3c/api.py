@@ -433,7 +433,7 @@ def _timed(
 ) -> Manifest:
     """Measure every profile, interleaved; the measurement wins over the prediction.
 
-    The no-slower gate: a profile that takes longer than the largest one, which is dense, is dropped.
+    The no-slower gate: a profile that takes longer than the largest, dense one is dropped.
     """
     if progress is not None:
         progress("time profiles", 0, 1)

@@ -189,10 +189,10 @@ def _target(name: str, spec: TargetSpec) -> Check:
         return Check(label, state, "builds and runs" if runs else _can(built), advice)
     triple = spec.triple or host.machine()
     if triple.partition("-")[0] == host.machine():
-        missing = sorted(spec.features - cpu_features())
-        if not missing:
+        lacks = sorted(spec.features - cpu_features())
+        if not lacks:
             return Check(label, "ok", "builds and runs")
-        return Check(label, "ok", "builds only", f"this processor lacks {', '.join(missing)}")
+        return Check(label, "ok", "builds only", f"this processor lacks {', '.join(lacks)}")
     if compiler is None or shutil.which(compiler) is None:
         return Check(label, "warning", "does not link", f"install {compiler or 'a cross compiler'}")
     emulator = None if spec.emulator is None else shutil.which(spec.emulator)
