@@ -2,7 +2,7 @@
 #   make test    install what the suite needs and run it
 #   make demo    the demonstration of README.md
 #   make check   every gate: lint, format, types, layers, suite
-#   make bench   timings of this machine
+#   make bench   one script of benchmarks/: make bench BENCH=peers BENCH_ARGS=--help
 #   make aarch64-runtime   TVM's ARM libraries, with which `lower` checks target arm under emulation
 # On Linux the plain torch wheel brings gigabytes of CUDA. If pip here is not set up for a CPU wheel, give
 # its index: make test TORCH_INDEX=<address that the torch site names for CPU wheels>.
@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
 TEST_ARGS ?=
+BENCH ?= peers
 BENCH_ARGS ?=
 
 BIN := .venv/bin
@@ -35,8 +36,8 @@ check: .venv/dev.stamp
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -ra $(TEST_ARGS)
 
-bench: .venv/demo.stamp
-	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+bench: .venv/bench.stamp
+	$(BIN)/python benchmarks/$(BENCH).py $(BENCH_ARGS)
 
 aarch64-runtime: .venv/torch.stamp
 	rm -rf build/aarch64
@@ -64,6 +65,10 @@ clean:
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml
 	$(BIN)/python -m pip install -q -e ".[demo]"
+	@touch $@
+
+.venv/bench.stamp: .venv/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[demo,peers]"
 	@touch $@
 
 .venv/dev.stamp: .venv/torch.stamp pyproject.toml
