@@ -74,7 +74,7 @@ class AbstractLinearKernels(ABC):
         """(x [m, k] f32) -> (codes, scales [>= m] f32), codes in this family's own layout."""
 
     def rows_layout(self, m: int) -> "CodeLayout | None":
-        """Where `quantize` of m rows writes; a norm may then write there itself. None: it may not."""
+        """Layout of the codes of `quantize`, which a norm may then write too; None: it may not."""
         return None
 
     @abstractmethod
