@@ -23,7 +23,7 @@ from t3c.codegen.build import Built, build, is_host
 from t3c.codegen.tools import require
 from t3c.controller.plan import Plan, plan
 from t3c.core.artifact import Artifact, check_replaceable
-from t3c.core.errors import LoweringError, ParityError, TargetError
+from t3c.core.errors import LoweringError, ParityError, PassError, TargetError
 from t3c.core.formats import Format
 from t3c.core.manifest import (
     CompiledProfile,
@@ -93,12 +93,20 @@ def elasticize(
         conv: Factorization of k x k convolutions: ``tucker2`` or ``cp``.
 
     Raises:
-        PassError: The model cannot be captured; the message names every way that was tried.
+        PassError: The model cannot be captured (the message names every way that was tried), or a
+            weight is not finite.
     """
     captured = capture(model, example_inputs, example_kwargs)
     makers = Makers(ElasticLinear, lambda site, w, b: ElasticConv(site, w, b, conv))
     graph, report = rewrite(captured.graph, makers, Choice(tuple(include), tuple(exclude)))
-    return ElasticModel(graph, captured, report)
+    elastic = ElasticModel(graph, captured, report)
+    for name, layer in elastic.layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise PassError(
+                f"layer {name!r}: its weight holds NaN or infinity; load a sound checkpoint, or "
+                "leave the layer out by exclude"
+            )
+    return elastic
 
 
 def lower(

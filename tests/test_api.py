@@ -278,8 +278,9 @@ def test_run_py_needs_no_t3c(lowered: Lowered, session: t3c.Session, tmp_path: P
 
 
 def small(**options: Any) -> Artifact:
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
+    """Two layers by default; any argument of `lower` overrides what stands here."""
     defaults: dict[str, Any] = {
+        "model": nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval(),
         "target": "x86",
         "example_inputs": (draw(0, 2, 64),),
         "profiles": 2,
@@ -287,7 +288,7 @@ def small(**options: Any) -> Artifact:
         "calls": 0,
         "say": lambda line: None,
     }
-    return t3c.lower(model, **(defaults | options))
+    return t3c.lower(**(defaults | options))
 
 
 def test_an_unknown_target_lists_the_known(tmp_path: Path) -> None:
@@ -300,6 +301,52 @@ def test_an_unknown_target_lists_the_known(tmp_path: Path) -> None:
 def test_missing_example_inputs_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="example_inputs is missing"):
         small(example_inputs=(), out=tmp_path / "net")
+
+
+@pytest.mark.parametrize("level", ["x86-avx2", "x86-64"])
+def test_older_processors_get_libraries_that_run_here(level: str, tmp_path: Path) -> None:
+    if not targets.get(level).features <= targets.cpu_features():
+        pytest.skip(f"this processor is below {level}")
+    manifest = small(target=level, out=tmp_path / "net").manifest
+    assert manifest.target.name == level
+    assert manifest.stages.verified
+
+
+def ends(inner: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 1), inner, nn.Linear(1, 64)).eval().requires_grad_(False)
+
+
+def test_layers_of_one_input_and_one_output_are_lowered(tmp_path: Path) -> None:
+    model = ends(nn.Linear(1, 1))
+    x = draw(0, 2, 64)
+    session = t3c.load(small(model=model, out=tmp_path / "net"))
+    assert relative(session(x), model(x)) < 0.05
+
+
+def test_a_layer_of_zeros_stays_zero(tmp_path: Path) -> None:
+    zero = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(zero.weight)
+    model = ends(zero)
+    x = draw(0, 2, 64)
+    session = t3c.load(small(model=model, out=tmp_path / "net"))
+    torch.testing.assert_close(session(x), model(x))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model = ends(nn.Linear(1, 1))
+    model.get_parameter("1.weight")[0, 0] = float("nan")
+    with pytest.raises(t3c.PassError, match="layer '1': its weight holds NaN or infinity"):
+        small(model=model, out=tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_branch_on_values_is_refused_with_the_reason(tmp_path: Path) -> None:
+    class Branch(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(t3c.PassError, match="no Python branch on tensor values"):
+        small(model=Branch(64, 64).eval(), out=tmp_path / "net")
 
 
 def test_an_empty_calibration_is_refused(tmp_path: Path) -> None:
