@@ -123,7 +123,9 @@ class ElasticLayer(nn.Module, ABC):
         found = resolve(FACTORIZATIONS, self.factorizer(kind), "factorization", T3CError)
         if not isinstance(found, AbstractFactorizer):
             raise T3CError(f"{found!r} is no factorizer")
-        self.set_factors(found.split(self.weight, self._moment, ranks=self.fit_ranks(kind)))
+        with torch.inference_mode(False):  # first use may lie inside it; parameters must not
+            weight = self.weight.clone() if self.weight.is_inference() else self.weight
+            self.set_factors(found.split(weight, self._moment, ranks=self.fit_ranks(kind)))
 
     def fit_ranks(self, kind: type[Format]) -> tuple[int, ...] | None:
         """Ranks that factors of a kind are fitted to where nobody names any; None: all."""
@@ -159,6 +161,7 @@ class ElasticLayer(nn.Module, ABC):
                     f"{tuple('rank' if w is None else w for w in want)}"
                 )
         for name, value in factors.items():
+            value = value.clone() if value.is_inference() else value
             setattr(self, name, nn.Parameter(value.detach().to(self.weight.device).float()))
             self._rounded.pop(name, None)
 

@@ -107,3 +107,14 @@ def test_full_structure_returns() -> None:
     elastic = elasticize(two, (X,), {"scale": torch.tensor(2.0)})
     got = elastic(x=X, scale=torch.tensor(3.0))
     torch.testing.assert_close(got["y"], two(X, torch.tensor(3.0))["y"])
+
+
+def test_factors_first_used_in_inference_mode_can_be_lowered() -> None:
+    x = torch.randn(4, 32)
+    elastic = elasticize(nn.Sequential(nn.Linear(32, 16)).eval(), (x,))
+    (site,) = elastic.sites
+    with torch.inference_mode(), elastic.using({site: LowRank(8)}):
+        elastic(x)
+    low = elastic.codes(site, [LowRank(8)]).low
+    assert low is not None
+    assert low.q.shape == (8, 32)
