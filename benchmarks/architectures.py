@@ -49,7 +49,8 @@ def main() -> None:
             "rows": rows,
         }
         file.write_text(json.dumps(record, indent=1) + "\n")
-        Console().print(tables.plain([{"": name, **rows[name]}]))
+        lines = [{"": key, name: value} for key, value in rows[name].items()]
+        Console().print(tables.plain(lines))
 
 
 def examine(name: str) -> dict[str, Any]:
