@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax as _relax
 from tvm.relax import expr_functor as _functor
 from tvm.relax.frontend import torch as _frontend
-from tvm.script import tirx as _script
+from tvm.script import tirx as _script  # pyright: ignore[reportMissingModuleSource]
 from tvm.script.ir_builder import base as _base
 from tvm.tirx.script import builder as _builder
 

@@ -342,8 +342,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 def test_a_branch_on_values_is_refused_with_the_reason(tmp_path: Path) -> None:
     class Branch(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if x.sum() > 0 else x
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) if input.sum() > 0 else input
 
     with pytest.raises(t3c.PassError, match="no Python branch on tensor values"):
         small(model=Branch(64, 64).eval(), out=tmp_path / "net")
