@@ -10,7 +10,10 @@ from tvm.runtime.vm import VirtualMachine
 root = pathlib.Path(__file__).resolve().parent
 manifest = json.loads((root / "manifest.json").read_text())
 profiles = {p["name"]: p for p in manifest["profiles"]}
-profile = profiles[sys.argv[1] if len(sys.argv) > 1 else manifest["profiles"][-1]["name"]]
+name = sys.argv[1] if len(sys.argv) > 1 else manifest["profiles"][-1]["name"]
+if name not in profiles:
+    sys.exit(f"no profile {name!r}; there are {', '.join(profiles)}")
+profile = profiles[name]
 if any(f.startswith("amx") for f in manifest["target"]["features"]):
     ctypes.CDLL(None).syscall(158, 0x1023, 18)  # ask Linux for the tile registers
 dtypes = {"BOOL": "bool", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "F16": "f2"}
