@@ -59,7 +59,7 @@ class Profile:
     """One compiled choice: the format of every site, and what it costs.
 
     Attributes:
-        name: ``tiny``, ``p1``, ... ``max`` as planned; one that measured slower than ``max`` is gone.
+        name: ``tiny``, ``p1``, ... ``max``; one that measured slower than ``max`` is left out.
         formats: Site name -> format.
         macs: Multiply-adds of one inference at the example inputs.
         storage_bytes: Bytes of the weights that this profile reads (files, not RAM).
