@@ -109,6 +109,7 @@ def pareto(series: Sequence[Series], path: str | os.PathLike[str], axes: Axes) -
     if axes.log_cost:
         plot.set_xscale("log")
     plot.set(xlabel=axes.cost, ylabel=axes.quality, title=axes.title)
+    plot.margins(x=0.12)  # room for the names beside the points
     plot.grid(visible=True, linewidth=0.3)
     plot.legend(fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "t3c"}):  # the same bytes every time
