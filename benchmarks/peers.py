@@ -210,6 +210,7 @@ def openvino_runs(
 
     import nncf
     import openvino as ov
+    import torch
 
     nncf.set_log_level(logging.ERROR)
     path, given = _exported(model, inputs, folder)
