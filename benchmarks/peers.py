@@ -215,9 +215,8 @@ def openvino_runs(
     nncf.set_log_level(logging.ERROR)
     path, given = _exported(model, inputs, folder)
     core = ov.Core()
-    transformer = (
-        {"model_type": nncf.ModelType.TRANSFORMER} if "int" in str(inputs[0].dtype) else {}
-    )
+    normed = any(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
+    transformer = {"model_type": nncf.ModelType.TRANSFORMER} if normed else {}
     quantized = nncf.quantize(
         core.read_model(str(path)), nncf.Dataset([given] * 2), subset_size=2, **transformer
     )
