@@ -53,7 +53,7 @@ def _int_mm_is_exact(device: str) -> bool:
     try:
         mixed = _int_mm(a, -b)  # all positive: saturates where products are added in int16
         return bool((_int_mm(a, b) == -64 * 127**2).all() and (mixed == 64 * 127**2).all())
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # no such kernel on this device: `accumulators` goes another exact way
         return False
 
 
