@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from t3c.codegen.kernels.schedule import Op, Schedule
 from t3c.core.codes import F32, Matrix
 
 if TYPE_CHECKING:
@@ -30,11 +31,15 @@ class Kernel:
         name: Unique and deterministic: family, operator and all parameters.
         source: TVMScript text of one ``T.prim_func(s_tir=True)`` called ``name``.
         outs: (shape, dtype) of every output; outputs are the last arguments.
+        op: What it computes, where it has schedules (kernels/schedule.py); None: it has none.
+        schedule: The one that it follows.
     """
 
     name: str
     source: str
     outs: tuple[tuple[tuple[int, ...], str], ...]
+    op: Op | None = None
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True, slots=True)
