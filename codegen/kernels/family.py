@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from t3c.codegen.kernels.schedule import Op, Schedule
 from t3c.core.codes import F32, Matrix
+from t3c.core.errors import LoweringError
 
 if TYPE_CHECKING:
     from t3c.codegen.kernels.linear_tiles import CodeLayout
@@ -65,6 +66,45 @@ class ConvShape:
             for i in (0, 1)
         )
         return h, w
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """Int8 codes of an image tensor, with a static range, as they travel between convolutions.
+
+    Attributes:
+        batch: Images.
+        channels: Channels of each image.
+        size: (height, width).
+        halo: Zeros that readers find around the image, the largest padding of any reader;
+            neighbouring rows share them, so rows are width + halo words apart.
+        signed: Whether codes are -127..127 rather than 0..255 (after a ReLU).
+    """
+
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    halo: int
+    signed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One convolution from codes to codes.
+
+    Attributes:
+        shape: Sizes.
+        source: What it reads.
+        target: Codes that it writes; None: none.
+        residual: Codes that the epilogue step "add" adds; with None the step adds float32 values.
+        floats: Whether it writes float32 y [batch, out, oh, ow] (besides the target, if any).
+    """
+
+    shape: ConvShape
+    source: Image
+    target: Image | None
+    residual: Image | None = None
+    floats: bool = False
 
 
 class AbstractLinearKernels(ABC):
@@ -138,3 +178,65 @@ class AbstractConvKernels(ABC):
 
         `channels_max` is (out_max, in_max) of the packed weights; None: exactly the shape's.
         """
+
+    static: ClassVar[bool] = False
+    """Whether the family has the kernels below: codes with static ranges that flow from one
+    convolution to the next. A range is float32 [16]: scale, 1 / scale, the rest unused."""
+
+    def buffer(self, image: Image) -> tuple[tuple[int, ...], str]:
+        """(shape, dtype) of an image's codes."""
+        raise self._dynamic()
+
+    def encode(self, image: Image) -> Kernel:
+        """(x f32 NCHW, range) -> codes, clip(rint(x * range[1])), and the zeros of the halo."""
+        raise self._dynamic()
+
+    def decode(self, image: Image) -> Kernel:
+        """(codes, range) -> x f32 NCHW."""
+        raise self._dynamic()
+
+    def gather(self, image: Image, shape: ConvShape) -> Kernel | None:
+        """(codes) -> what `flow` of this shape reads; None: it reads the image's codes as such."""
+        raise self._dynamic()
+
+    def quantize_static(self, shape: ConvShape, *, signed: bool) -> Kernel:
+        """(x f32 NCHW, range) -> what `flow` of this shape reads after `gather`, in one pass."""
+        raise self._dynamic()
+
+    def flow(
+        self,
+        flow: Flow,
+        channels_max: tuple[int, int] | None = None,
+        epilogue: str = "",
+        *,
+        raw: bool = False,
+    ) -> Kernel:
+        """(codes, range_in, *pack, [residual, [its range]], [range_out]) -> [codes], [y f32].
+
+        The residual is an argument only if `epilogue` has the step "add", its range only if it is
+        codes, `range_out` only with a target. With v = acc * (range_in[0] * scale) + bias and then
+        the epilogue's steps, the codes are rint(v * range_out[1]), saturated. With `raw` the only
+        output is the int32 accumulator as y, and there is no epilogue.
+        """
+        raise self._dynamic()
+
+    def max_pool(
+        self,
+        source: Image,
+        target: Image,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> Kernel:
+        """(codes) -> codes of the target, the largest under each window."""
+        raise self._dynamic()
+
+    def average(self, image: Image) -> Kernel:
+        """(codes, range) -> means over the pixels, f32 [batch, channels, 1, 1]."""
+        raise self._dynamic()
+
+    def _dynamic(self) -> LoweringError:
+        return LoweringError(
+            f"convolution family {self.name!r} has no static codes; use quantize and conv, or a "
+            "family whose `static` is true"
+        )
