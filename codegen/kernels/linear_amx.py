@@ -240,7 +240,7 @@ class AmxLinear(AbstractLinearKernels):
         """See `AbstractLinearKernels.dense`."""
         check_sizes(self.name, m=m, n=n, k=k)
         if m == 1:
-            return self._row.dense(m, n, k, epilogue, raw=raw)
+            return self._row.dense(m, n, k, epilogue, self._row.tile(m, n), raw=raw)
         steps = epilogue_steps("" if raw else epilogue)
         e = Emitter()
         request(e)
@@ -280,7 +280,8 @@ class AmxLinear(AbstractLinearKernels):
         check_sizes(self.name, m=m, n=n, k=k)
         check_rank(self.name, rank, rank_max, self.rank_step)
         if m == 1:
-            return self._row.low_rank(m, n, k, rank, rank_max, epilogue)
+            pair = self._row.pair(m, n, rank)
+            return self._row.low_rank(m, n, k, (rank, rank_max), epilogue, pair)
         steps = epilogue_steps(epilogue)
         e = Emitter()
         rows = LAYOUT.scales(m)

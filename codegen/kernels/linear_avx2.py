@@ -22,6 +22,7 @@ class PairDot(Dot):
     wide: ClassVar[int] = 1
     alone: ClassVar[int] = 4
     part: ClassVar[int] = 8
+    registers: ClassVar[int] = 16
     macs_us: ClassVar[float] = 5e4
     quantized_us: ClassVar[float] = 4e3
 

@@ -1,12 +1,15 @@
 """A linear kernel family that is one `Dot`: packing and kernels over lines of weights."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from t3c.codegen.kernels.family import AbstractLinearKernels, Kernel, Packed
-from t3c.codegen.kernels.linear_rows import RowKernels
+from t3c.codegen.kernels.linear_rows import RowKernels, RowPair, RowTile
 from t3c.codegen.kernels.linear_tiles import (
     CodeLayout,
     check_rank,
@@ -14,11 +17,46 @@ from t3c.codegen.kernels.linear_tiles import (
     pack_columns,
     pack_lines,
 )
+from t3c.codegen.kernels.schedule import Op, Schedule, Scheduled, epilogue_class
 from t3c.core.codes import F32, I8, Matrix
 
 
-class AbstractRowFamily(AbstractLinearKernels):
+class AbstractRowFamily(AbstractLinearKernels, Scheduled):
     """A family whose kernels all come from one `RowKernels`."""
+
+    def __init__(self, records: Mapping[str, Schedule] | None = None) -> None:
+        """Take tuned schedules (`Scheduled.records`); None: follow the rule everywhere."""
+        self.records = records or {}
+
+    def schedules(self, op: Op) -> tuple[Schedule, ...]:
+        """See `Scheduled.schedules`."""
+        match op.kind:
+            case "dense":
+                return self.rows.tiles(op["m"], op["n"], op["k"])
+            case "low_rank":
+                return self.rows.pairs(op["m"], op["n"], op["r"])
+            case _:
+                raise self.unknown(op)
+
+    def default(self, op: Op) -> Schedule:
+        """See `Scheduled.default`."""
+        match op.kind:
+            case "dense":
+                return self.rows.tile(op["m"], op["n"])
+            case "low_rank":
+                return self.rows.pair(op["m"], op["n"], op["r"])
+            case _:
+                raise self.unknown(op)
+
+    def kernel(self, op: Op) -> Kernel:
+        """See `Scheduled.kernel`."""
+        match op.kind:
+            case "dense":
+                return self.dense(op["m"], op["n"], op["k"], op.epilogue)
+            case "low_rank":
+                return self.low_rank(op["m"], op["n"], op["k"], op["r"], op["r"], op.epilogue)
+            case _:
+                raise self.unknown(op)
 
     @property
     @abstractmethod
@@ -50,7 +88,11 @@ class AbstractRowFamily(AbstractLinearKernels):
     def dense(self, m: int, n: int, k: int, epilogue: str = "", *, raw: bool = False) -> Kernel:
         """See `AbstractLinearKernels.dense`."""
         check_sizes(self.name, m=m, n=n, k=k)
-        return self.rows.dense(m, n, k, epilogue, raw=raw)
+        op = Op.of("dense", epilogue_class(epilogue), m=m, n=n, k=k)
+        tile = cast(RowTile, self.pick(op))
+        suffix = self.suffix(op, tile)
+        kernel = self.rows.dense(m, n, k, epilogue, tile, raw=raw, suffix=suffix)
+        return replace(kernel, op=op, schedule=tile)
 
     def pack_low_rank(self, low: Matrix, high: Matrix, bias: F32) -> Packed:
         """Both factors; the second with k outermost, so that ranks are prefixes."""
@@ -68,7 +110,11 @@ class AbstractRowFamily(AbstractLinearKernels):
         """See `AbstractLinearKernels.low_rank`."""
         check_sizes(self.name, m=m, n=n, k=k)
         check_rank(self.name, rank, rank_max, self.rank_step)
-        return self.rows.low_rank(m, n, k, rank, rank_max, epilogue)
+        op = Op.of("low_rank", epilogue_class(epilogue), m=m, n=n, k=k, r=rank)
+        pair = cast(RowPair, self.pick(op))
+        suffix = self.suffix(op, pair)
+        kernel = self.rows.low_rank(m, n, k, (rank, rank_max), epilogue, pair, suffix)
+        return replace(kernel, op=op, schedule=pair)
 
     def _lines(self, q: I8) -> NDArray[np.int8]:
         return self.stored(pack_lines(q, self.rows.dot.depth))

@@ -20,6 +20,7 @@ from t3c.codegen.kernels.emit import (
 )
 from t3c.codegen.kernels.family import Kernel
 from t3c.codegen.kernels.linear_tiles import (
+    CACHE,
     DEPTH,
     PANEL,
     CodeLayout,
@@ -29,11 +30,52 @@ from t3c.codegen.kernels.linear_tiles import (
     even_rows,
     walk_blocks,
 )
+from t3c.codegen.kernels.schedule import Schedule
 
 BYTES_US = 2e4
 """Weight bytes read from memory in a microsecond on one thread."""
 WORTH_US = 100.0
 """Work above which several threads help."""
+
+
+KILOBYTES = (16, 64, CACHE // 1024)
+"""Choices of `RowTile.kilobytes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowTile(Schedule):
+    """How one product is cut.
+
+    Attributes:
+        rows: Most rows of a register block.
+        panels: Weight panels of a register block.
+        kilobytes: Activations that one run over the weights keeps in cache: few turn the loops
+            over rows and over weights around.
+    """
+
+    rows: int
+    panels: int
+    kilobytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowPair(Schedule):
+    """How the two products of a low-rank kernel are cut; see `RowTile`."""
+
+    low_rows: int
+    low_panels: int
+    rows: int
+    panels: int
+
+    @property
+    def low(self) -> RowTile:
+        """The first product."""
+        return RowTile(self.low_rows, self.low_panels, CACHE // 1024)
+
+    @property
+    def high(self) -> RowTile:
+        """The second product."""
+        return RowTile(self.rows, self.panels, CACHE // 1024)
 
 
 class Dot(ABC):
@@ -50,6 +92,8 @@ class Dot(ABC):
     """Panels of a block of one row: enough accumulators to hide the instruction's latency."""
     part: ClassVar[int]
     """Int32 lanes of an accumulator register."""
+    registers: ClassVar[int] = 32
+    """Vector registers of the processor."""
     macs_us: ClassVar[float]
     """Multiply-adds in a microsecond on one thread."""
     quantized_us: ClassVar[float]
@@ -87,6 +131,7 @@ class Product:
         dot: The multiplication.
         size: (m, n, k).
         finish: What becomes of the accumulators.
+        tile: The cut.
     """
 
     codes: str
@@ -95,6 +140,7 @@ class Product:
     dot: Dot
     size: tuple[int, int, int]
     finish: Finish
+    tile: RowTile
 
     def emit(self, e: Emitter) -> None:
         """Emit the whole product."""
@@ -102,7 +148,7 @@ class Product:
         dot = self.dot
         threads = m * n * k / dot.macs_us > WORTH_US or n * k / BYTES_US > WORTH_US
         panels = ceil_div(n, PANEL)
-        width = min(dot.alone if m == 1 else dot.wide, panels)
+        width = self.tile.panels
         rest = {"": ""}
 
         def prepare() -> None:
@@ -115,7 +161,8 @@ class Product:
             valid = [self.finish.valid(int(panel) + i) for i in range(count)]
             self._block(e, rest[""], row, height, panel, valid)
 
-        blocks = cut(even_rows(m, dot.height), panels, width, k, threads)
+        rows = even_rows(m, self.tile.rows)
+        blocks = cut(rows, panels, width, k, threads, self.tile.kilobytes * 1024)
         walk_blocks(e, blocks, prepare, body, last if n % (width * PANEL) else None)
 
     def _block(
@@ -214,6 +261,48 @@ class RowKernels:
     prefix: str
     dot: Dot
 
+    def tile(self, m: int, n: int) -> RowTile:
+        """The rule: as many accumulators as the registers hold, all activations in one run."""
+        wide = self.dot.alone if m == 1 else self.dot.wide
+        rows = even_rows(m, self.dot.height)[0][0]
+        return RowTile(rows, min(wide, ceil_div(n, PANEL)), CACHE // 1024)
+
+    def tiles(self, m: int, n: int, k: int) -> tuple[RowTile, ...]:
+        """Every cut whose block fits the registers, one for each kernel text."""
+        each = LANES // self.dot.part
+        found = {self.tile(m, n)}
+        for panels in range(1, min(ceil_div(n, PANEL), 2 * self.dot.alone) + 1):
+            # the weights of a block, one activation, and the accumulators
+            most = (self.dot.registers - 1) // (panels * each) - 1
+            heights = {even_rows(m, most)[0][0] for most in range(1, most + 1)}
+            for rows in heights:
+                # a block with few accumulators waits for the instruction
+                if rows == max(heights) or rows * panels * each * 3 >= self.dot.registers:
+                    for kilobytes in self._kilobytes(m, k, rows):
+                        found.add(RowTile(rows, panels, kilobytes))
+        return tuple(sorted(found, key=lambda t: (t.rows, t.panels, t.kilobytes)))
+
+    def _kilobytes(self, m: int, k: int, rows: int) -> list[int]:
+        """Choices that differ in the number of runs, the largest first."""
+        runs: dict[int, int] = {}
+        for kilobytes in reversed(KILOBYTES):
+            fit = max(1, kilobytes * 1024 // (rows * k))
+            runs.setdefault(ceil_div(ceil_div(m, rows), fit), kilobytes)
+        return list(runs.values())
+
+    def pair(self, m: int, n: int, rank: int) -> RowPair:
+        """The rule for both products."""
+        low, high = self.tile(m, rank), self.tile(m, n)
+        return RowPair(low.rows, low.panels, high.rows, high.panels)
+
+    def pairs(self, m: int, n: int, rank: int) -> tuple[RowPair, ...]:
+        """Every pair of cuts that keep all activations in one run."""
+        lows, highs = (
+            [t for t in self.tiles(m, size, 1) if t.kilobytes == CACHE // 1024]
+            for size in (rank, n)
+        )
+        return tuple(RowPair(a.rows, a.panels, b.rows, b.panels) for a in lows for b in highs)
+
     def quantize(self, m: int, k: int) -> Kernel:
         """Codes [m][k padded to 64]; scales and, where the dot needs it, the excess of each row."""
         e = Emitter()
@@ -230,15 +319,25 @@ class RowKernels:
             name, e.function(name, params), ((codes, self.dot.layout.dtype), (scales, "float32"))
         )
 
-    def dense(self, m: int, n: int, k: int, epilogue: str, *, raw: bool) -> Kernel:
-        """See `AbstractLinearKernels.dense`."""
+    def dense(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        epilogue: str,
+        tile: RowTile,
+        *,
+        raw: bool,
+        suffix: str = "",
+    ) -> Kernel:
+        """See `AbstractLinearKernels.dense`; `suffix` ends the name."""
         steps = epilogue_steps("" if raw else epilogue)
         e = Emitter()
         finish = Finish("y", n, "scales", "scale", "bias", steps, raw)
-        Product("codes", "weight", False, self.dot, (m, n, k), finish).emit(e)
-        name = kernel_name(
-            "linear", self.prefix, "dense", f"m{m}", f"n{n}", f"k{k}", "raw" if raw else epilogue
-        )
+        Product("codes", "weight", False, self.dot, (m, n, k), finish, tile).emit(e)
+        sizes = (f"m{m}", f"n{n}", f"k{k}")
+        end = "raw" if raw else epilogue
+        name = kernel_name("linear", self.prefix, "dense", *sizes, end, suffix)
         padded, line = ceil_div(n, PANEL), (self.dot.lines(), self.dot.line_bytes())
         params = [
             buffer("codes", self.dot.layout.shape(m, k), self.dot.layout.dtype),
@@ -253,23 +352,31 @@ class RowKernels:
         params.append(buffer("y", (m, n), dtype))
         return Kernel(name, e.function(name, params), (((m, n), dtype),))
 
-    def low_rank(self, m: int, n: int, k: int, rank: int, rank_max: int, epilogue: str) -> Kernel:
-        """See `AbstractLinearKernels.low_rank`."""
+    def low_rank(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        ranks: tuple[int, int],
+        epilogue: str,
+        pair: RowPair,
+        suffix: str = "",
+    ) -> Kernel:
+        """See `AbstractLinearKernels.low_rank`; `ranks` are the rank and that of the buffers."""
+        rank, rank_max = ranks
         steps = epilogue_steps(epilogue)
         e = Emitter()
         middle = e.alloc("middle", (m, rank), "float32")
         codes = e.alloc("codes", self.dot.layout.shape(m, rank), self.dot.layout.dtype)
         scales = e.alloc("scales", (self.dot.layout.scales(m),), "float32")
         thin = Finish(middle, rank, "scales", "low_scale", None)
-        Product("codes", "low", False, self.dot, (m, rank, k), thin).emit(e)
+        Product("codes", "low", False, self.dot, (m, rank, k), thin, pair.low).emit(e)
         threads = m * rank / self.dot.quantized_us > WORTH_US
         emit_quantize(e, self.dot.layout, middle, codes, scales, (m, rank), threads=threads)
         wide = Finish("y", n, scales, "high_scale", "bias", steps)
-        Product(codes, "high", True, self.dot, (m, n, rank), wide).emit(e)
-        ranks = f"r{rank}of{rank_max}"
-        name = kernel_name(
-            "linear", self.prefix, "low_rank", f"m{m}", f"n{n}", f"k{k}", ranks, epilogue
-        )
+        Product(codes, "high", True, self.dot, (m, n, rank), wide, pair.high).emit(e)
+        sizes = (f"m{m}", f"n{n}", f"k{k}", f"r{rank}of{rank_max}")
+        name = kernel_name("linear", self.prefix, "low_rank", *sizes, epilogue, suffix)
         padded, padded_rank = ceil_div(n, PANEL), ceil_div(rank_max, PANEL)
         line = (self.dot.lines(), self.dot.line_bytes())
         params = [

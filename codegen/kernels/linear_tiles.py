@@ -409,7 +409,12 @@ def walk_blocks(
 
 
 def cut(
-    rows: tuple[tuple[int, int], ...], total: int, panels: int, depth: int, threads: bool
+    rows: tuple[tuple[int, int], ...],
+    total: int,
+    panels: int,
+    depth: int,
+    threads: bool,
+    cache: int = CACHE,
 ) -> Blocks:
     """Tasks for an output of `rows` x `total` panels over `depth` input columns.
 
@@ -419,11 +424,12 @@ def cut(
         panels: Panels of a block.
         depth: Input columns.
         threads: Whether the work is worth several threads.
+        cache: Bytes of activations that one run over the weights keeps in cache.
     """
     blocks = ceil_div(total, panels)
     col_tasks = min(TASKS, blocks) if threads else 1
     height, count = rows[0]
-    fit = max(1, CACHE // (height * depth))
+    fit = max(1, cache // (height * depth))
     row_tasks = ceil_div(count, fit)
     if threads:
         row_tasks = max(row_tasks, min(count, ceil_div(TASKS, col_tasks)))
