@@ -76,8 +76,7 @@ class Image:
         batch: Images.
         channels: Channels of each image.
         size: (height, width).
-        halo: Zeros that readers find around the image, the largest padding of any reader;
-            neighbouring rows share them, so rows are width + halo words apart.
+        halo: Zeros that readers find around the image, the largest padding of any reader.
         signed: Whether codes are -127..127 rather than 0..255 (after a ReLU).
     """
 
@@ -93,10 +92,11 @@ class Flow:
     """One convolution from codes to codes.
 
     Attributes:
-        shape: Sizes.
-        source: What it reads.
+        shape: Sizes; any stride and dilation.
+        source: What it reads; its halo is at least the padding.
         target: Codes that it writes; None: none.
-        residual: Codes that the epilogue step "add" adds; with None the step adds float32 values.
+        residual: Codes that the epilogue step "add" adds, with any halo; with None the step adds
+            float32 values.
         floats: Whether it writes float32 y [batch, out, oh, ow] (besides the target, if any).
     """
 
@@ -195,14 +195,6 @@ class AbstractConvKernels(ABC):
         """(codes, range) -> x f32 NCHW."""
         raise self._dynamic()
 
-    def gather(self, image: Image, shape: ConvShape) -> Kernel | None:
-        """(codes) -> what `flow` of this shape reads; None: it reads the image's codes as such."""
-        raise self._dynamic()
-
-    def quantize_static(self, shape: ConvShape, *, signed: bool) -> Kernel:
-        """(x f32 NCHW, range) -> what `flow` of this shape reads after `gather`, in one pass."""
-        raise self._dynamic()
-
     def flow(
         self,
         flow: Flow,
@@ -212,6 +204,8 @@ class AbstractConvKernels(ABC):
         raw: bool = False,
     ) -> Kernel:
         """(codes, range_in, *pack, [residual, [its range]], [range_out]) -> [codes], [y f32].
+
+        Reads and writes images as they are: nothing is gathered, first layers read `encode`.
 
         The residual is an argument only if `epilogue` has the step "add", its range only if it is
         codes, `range_out` only with a target. With v = acc * (range_in[0] * scale) + bias and then
