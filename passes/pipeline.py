@@ -13,6 +13,7 @@ from t3c.passes.fold_batch_norm import FoldBatchNorm
 from t3c.passes.fold_constants import FoldConstants
 from t3c.passes.fuse_attention import FuseAttention
 from t3c.passes.fuse_epilogue import FuseEpilogue
+from t3c.passes.place_grids import PlaceGrids
 from t3c.passes.place_sites import PlaceSites
 from t3c.passes.rewrite_conv import RewriteConv
 from t3c.passes.rewrite_linear import RewriteLinear
@@ -31,6 +32,7 @@ def elastic_passes(make: Makers, choice: Choice) -> tuple[AbstractPass, ...]:
         DeadCode(),
         RewriteLinear(make.linear, choice),  # 2 elastic sites
         RewriteConv(make.conv, choice),
+        PlaceGrids(make.snap),
         DeadCode(),
     )
 

@@ -5,10 +5,11 @@ from typing import ClassVar, final
 
 from torch import fx
 
+from t3c.core.grid import Grid
 from t3c.core.sites import ConvSite, LinearSite
 from t3c.passes.base import AbstractPass, Log
-from t3c.passes.nodes import emit, replace, shape_of
-from t3c.passes.torch_ops import SITE_CONV, SITE_LINEAR
+from t3c.passes.nodes import as_node, emit, replace, shape_of
+from t3c.passes.torch_ops import SITE_CONV, SITE_LINEAR, SNAP
 
 
 @final
@@ -16,8 +17,10 @@ from t3c.passes.torch_ops import SITE_CONV, SITE_LINEAR
 class PlaceSites(AbstractPass):
     """Replace calls of elastic modules by placeholder operators that name the site.
 
-    Before: y = sites.fc1(x)
-    After:  y = t3c.site_linear(x, None, "fc1", "", n)
+    Before: y = sites.conv(grids.relu(x))
+    After:  y = t3c.site_conv(t3c.snap(x, "relu", 0.02, False), None, "conv", "", shape)
+
+    A place without a grid disappears.
     """
 
     name: ClassVar[str] = "place-sites"
@@ -27,13 +30,19 @@ class PlaceSites(AbstractPass):
         for node in list(gm.graph.nodes):
             if node.op != "call_module":
                 continue
-            site = getattr(gm.get_submodule(str(node.target)), "site", None)
+            module = gm.get_submodule(str(node.target))
+            site, grid = getattr(module, "site", None), getattr(module, "grid", None)
+            x = as_node(node.args[0])
             with gm.graph.inserting_before(node):
                 if isinstance(site, LinearSite):
-                    new = emit(gm.graph, SITE_LINEAR, node.args[0], None, site.name, "", site.n)
+                    new = emit(gm.graph, SITE_LINEAR, x, None, site.name, "", site.n)
                 elif isinstance(site, ConvSite):
-                    shape = list(shape_of(node))
-                    new = emit(gm.graph, SITE_CONV, node.args[0], None, site.name, "", shape)
+                    new = emit(gm.graph, SITE_CONV, x, None, site.name, "", list(shape_of(node)))
+                elif isinstance(grid, Grid):
+                    new = emit(gm.graph, SNAP, x, str(module.name), grid.scale, grid.signed)
+                elif hasattr(module, "readers"):
+                    replace(node, x)
+                    continue
                 else:
                     raise TypeError(f"module {node.target!r} is no elastic site")
             new.meta = {**node.meta, **new.meta}

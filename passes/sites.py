@@ -12,6 +12,8 @@ from t3c.passes.nodes import Key, constant, key_of
 
 MakeLinear = Callable[[LinearSite, Tensor, Tensor | None], nn.Module]
 MakeConv = Callable[[ConvSite, Tensor, Tensor | None], nn.Module]
+MakeSnap = Callable[[str, tuple[str, ...], bool], nn.Module]
+"""(name, readers, signed) -> module that rounds its input to a fixed grid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Makers:
 
     linear: MakeLinear
     conv: MakeConv
+    snap: MakeSnap
 
 
 @dataclass(frozen=True, slots=True)

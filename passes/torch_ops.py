@@ -2,11 +2,13 @@
 
     t3c::site_linear(x [..., k], residual, site, epilogue, out_features) -> [..., n]
     t3c::site_conv(x [b, c, h, w], residual, site, epilogue, out_shape) -> out_shape
+    t3c::snap(x, place, scale, signed) -> as x
     t3c::attention(q [B, S, heads*D], k [B, T, kv_heads*D], v [B, T, kv_heads*Dv], mask, heads,
                    kv_heads, scale, causal) -> [B, S, heads*Dv]
 
 The two site operators name a site of an elastic model; only a compiled library can run them (or
-`t3c.passes.reference`). Attention runs anywhere. Importing this module registers them with torch.
+`t3c.passes.reference`). Snap rounds to a fixed grid (t3c.core.grid); it and attention run
+anywhere. Importing this module registers them with torch.
 """
 
 import math
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t3c.core.grid import Grid
+
 LIBRARY: Any = torch.library.Library("t3c", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "site_linear(Tensor x, Tensor? residual, str site, str epilogue, int out_features) -> Tensor"
@@ -23,6 +27,7 @@ LIBRARY.define(
 LIBRARY.define(
     "site_conv(Tensor x, Tensor? residual, str site, str epilogue, int[] out_shape) -> Tensor"
 )
+LIBRARY.define("snap(Tensor x, str place, float scale, bool signed) -> Tensor")
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale, "
     "bool causal) -> Tensor"
@@ -46,6 +51,19 @@ def _refuse(x: Tensor, residual: Tensor | None, site: str, epilogue: str, shape:
         f"site {site!r} has no weights in a lowering graph; call the ElasticModel, or lower the "
         "graph and run the library"
     )
+
+
+def snap(x: Tensor, place: str, scale: float, signed: bool) -> Tensor:
+    """The values of a grid nearest to x.
+
+    Args:
+        x: Any shape, float32.
+        place: Name of the place in the graph.
+        scale: Of the grid.
+        signed: Of the grid.
+    """
+    grid = Grid(scale, signed)
+    return torch.round(x * grid.inverse).clamp(*grid.ends) * scale
 
 
 def attention(
@@ -104,11 +122,14 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
     "site_linear": _linear_shape,
     "site_conv": _conv_shape,
     "attention": _attention_shape,
+    "snap": lambda x, place, scale, signed: torch.empty_like(x),
 }
+_ANYWHERE: dict[str, Callable[..., Tensor]] = {"attention": attention, "snap": snap}
 for _name, _shape in _SHAPES.items():
     LIBRARY.impl(_name, _shape, "Meta")
-    LIBRARY.impl(_name, attention if _name == "attention" else _refuse, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _ANYWHERE.get(_name, _refuse), "CompositeExplicitAutograd")
 
 SITE_LINEAR = torch.ops.t3c.site_linear.default
 SITE_CONV = torch.ops.t3c.site_conv.default
+SNAP = torch.ops.t3c.snap.default
 ATTENTION = torch.ops.t3c.attention.default

@@ -40,6 +40,7 @@ from t3c.elastic.conv import ElasticConv
 from t3c.elastic.linear import ElasticLinear
 from t3c.elastic.model import ElasticModel
 from t3c.elastic.shadow import relative, shadow
+from t3c.elastic.snap import Snap
 from t3c.passes.capture import Captured, capture
 from t3c.passes.pipeline import lowering_graph, rewrite
 from t3c.passes.sites import Choice, Makers
@@ -97,7 +98,11 @@ def elasticize(
             weight is not finite.
     """
     captured = capture(model, example_inputs, example_kwargs)
-    makers = Makers(ElasticLinear, lambda site, w, b: ElasticConv(site, w, b, conv))
+    makers = Makers(
+        linear=ElasticLinear,
+        conv=lambda site, w, b: ElasticConv(site, w, b, conv),
+        snap=lambda name, readers, signed: Snap(name, readers, signed=signed),
+    )
     graph, report = rewrite(captured.graph, makers, Choice(tuple(include), tuple(exclude)))
     elastic = ElasticModel(graph, captured, report)
     for name, layer in elastic.layers.items():

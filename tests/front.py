@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.linear import ElasticLinear
 from t3c.elastic.model import ElasticModel
+from t3c.elastic.snap import Snap
 from t3c.passes.capture import capture
 from t3c.passes.pipeline import rewrite
 from t3c.passes.sites import Choice, Makers
@@ -25,6 +26,10 @@ def elasticize(
     dump: Path | None = None,
 ) -> ElasticModel:
     captured = capture(model, example_inputs, example_kwargs)
-    makers = Makers(ElasticLinear, lambda site, w, b: ElasticConv(site, w, b, conv))
+    makers = Makers(
+        linear=ElasticLinear,
+        conv=lambda site, w, b: ElasticConv(site, w, b, conv),
+        snap=lambda name, readers, signed: Snap(name, readers, signed=signed),
+    )
     graph, report = rewrite(captured.graph, makers, Choice(include, exclude), dump=dump)
     return ElasticModel(graph, captured, report)

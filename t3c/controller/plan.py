@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from t3c.codegen.families import families_of
 from t3c.controller import chain as search
 from t3c.controller.calibrate import collect, factorize, kind_of
 from t3c.controller.damage import DamageTable, Menu, measure
+from t3c.controller.grids import fit_grids
 from t3c.controller.options import SHARES, GateDecision, gate
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import Suffix
@@ -56,6 +58,7 @@ def plan(
     seconds: float | None = None,
     threads: int = 1,
     model: AbstractCostModel | None = None,
+    static: bool | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Calibrate, measure the damage table, search the chain.
@@ -69,6 +72,8 @@ def plan(
             None: `SECONDS`; infinity: everything on every batch.
         threads: Threads that one call will use on the target.
         model: Predicts times; None: the target's roofline.
+        static: Whether convolutions round activations to grids that are fixed here, so that int8
+            tensors flow between them; None: where the target's kernels can.
         progress: Told where it is; None: nobody.
 
     Raises:
@@ -82,6 +87,9 @@ def plan(
     limit = SECONDS if seconds is None else seconds
     # Factors fit the data that they are made from better than other data: damage is measured on
     # batches that they have not seen, then the factors are made again from all of them.
+    elastic.set_grids({})
+    if static is None:
+        static = families_of(spec).conv.static
     fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     predict = cost_model(spec) if model is None else model
     decisions = menu_of(elastic, spec, predict, profiles, threads)
@@ -91,12 +99,16 @@ def plan(
     most = largest(menu)
     seen = collect(elastic, fit, sites=most, seconds=limit / 8, progress=progress)
     plain = factorize(elastic, seen, progress, most=most)
+    if static:
+        elastic.set_grids(fit_grids(elastic, fit))
     left = limit - (time.monotonic() - start)
     table = measure(elastic, held, menu, seconds=max(left, limit / 2), progress=progress)
     if held is not fit:
         unseen = collect(elastic, held, sites=seen, seconds=limit / 8, progress=progress)
         both = {name: moment + unseen[name] for name, moment in seen.items()}
         factorize(elastic, both, progress, most={name: most[name] for name in both})
+        if static:
+            elastic.set_grids(fit_grids(elastic, batches))
     options = {
         name: [
             search.Option(d.format, d.seconds, table.entries[name][d.format].damage)

@@ -5,10 +5,13 @@ w ~ q * scale[:, None].
 The codes of the first components equal those of an export at that rank: a profile only slices.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from t3c.core.grid import Grid
 
 I8 = NDArray[np.int8]
 F32 = NDArray[np.float32]
@@ -58,6 +61,7 @@ class SiteCodes:
         cp_tall: [rank_max, kh] float32 of CP, depthwise over height.
         cp_wide: [rank_max, kw] float32 of CP, depthwise over width.
         cp_out: [out, rank_max] of CP.
+        grids: Fixed grids of inner activations, by the factor whose output they round.
     """
 
     bias: F32
@@ -71,6 +75,7 @@ class SiteCodes:
     cp_tall: F32 | None = None
     cp_wide: F32 | None = None
     cp_out: Matrix | None = None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
 def quantize_weight(w: NDArray[np.floating]) -> Matrix:

@@ -2,6 +2,7 @@
 
 from typing import final
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -9,15 +10,16 @@ from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.sites import ConvSite
 from t3c.elastic import fake_quant
 from t3c.elastic.factorize.cp import CP_ALS
-from t3c.elastic.layer import ElasticLayer
+from t3c.elastic.layer import INPUT, ElasticLayer
 
 
 @final
 class ElasticConv(ElasticLayer):
     """A 2-D convolution, dense, low rank (1x1 windows), Tucker-2 or CP, in float or on integers.
 
-    Every step of a factorized form quantizes its input again, one scale per image. A strided 1x1
-    window strides in the first of its two steps, a Tucker-2 in its core, a CP in its middle.
+    Every step of a factorized form quantizes its input again: on the fixed grids of `grids`, or
+    with one scale per image where there are none. A strided 1x1 window strides in the first of its
+    two steps, a Tucker-2 in its core, a CP in its middle.
     """
 
     site: ConvSite
@@ -94,16 +96,12 @@ class ElasticConv(ElasticLayer):
         s = self.site
         match fmt:
             case LowRank():
-                y = functional.conv2d(
-                    x, _pointwise(self.factor("low")[: fmt.rank]), None, s.stride, s.padding
-                )
+                y = self._low(x, fmt.rank)
                 return functional.conv2d(
                     y, _pointwise(self.factor("high")[:, : fmt.rank]), self.bias
                 )
             case Tucker2():
-                y = functional.conv2d(x, _pointwise(self.factor("reduce")[: fmt.rank_in]))
-                core = self.factor("core")[: fmt.rank_out, : fmt.rank_in]
-                y = functional.conv2d(y, core, None, s.stride, s.padding, s.dilation)
+                y = self._core(self._reduce(x, fmt.rank_in), fmt.rank_out, fmt.rank_in)
                 last = self.factor("expand")[:, : fmt.rank_out]
                 return functional.conv2d(y, _pointwise(last), self.bias)
             case CP():
@@ -113,6 +111,38 @@ class ElasticConv(ElasticLayer):
                 return functional.conv2d(y, _pointwise(last), self.bias)
             case _:
                 return functional.conv2d(x, self.weight, self.bias, s.stride, s.padding, s.dilation)
+
+    def _low(self, x: Tensor, rank: int) -> Tensor:
+        s = self.site
+        return functional.conv2d(
+            x, _pointwise(self.factor("low")[:rank]), None, s.stride, s.padding
+        )
+
+    def _reduce(self, x: Tensor, rank: int) -> Tensor:
+        return functional.conv2d(x, _pointwise(self.factor("reduce")[:rank]))
+
+    def _core(self, y: Tensor, rank_out: int, rank_in: int) -> Tensor:
+        s = self.site
+        core = self.factor("core")[:rank_out, :rank_in]
+        return functional.conv2d(y, core, None, s.stride, s.padding, s.dilation)
+
+    @torch.no_grad()
+    def inner(self, x: Tensor) -> dict[str, Tensor]:
+        """Float outputs of the inner steps of factors that exist, at their largest rank.
+
+        Args:
+            x: Input [batch, in, height, width].
+
+        Returns:
+            Factor name -> output of its step.
+        """
+        if self.low is not None:
+            return {"low": self._low(x, self.reach("low", 0))}
+        if self.reduce is not None:
+            first = self._reduce(x, self.reach("reduce", 0))
+            rank_out = self.reach("core", 0)
+            return {"reduce": first, "core": self._core(first, rank_out, first.shape[1])}
+        return {}
 
     def _separable(self, y: Tensor, rank: int) -> Tensor:
         """The two depthwise steps of CP, float in every format: down the height, then the width."""
@@ -136,20 +166,23 @@ class ElasticConv(ElasticLayer):
             part = q[:rows, :cols].contiguous()
             return part if part.dim() == 4 else _pointwise(part), scale[:rows]
 
+        grid, after = self.grids.get(INPUT), self.grids.get
+        window = (s.stride, s.padding, s.dilation)
         match fmt:
             case Dense():
                 whole = self.codes_of("weight", fmt.bits)
-                return fake_quant.conv2d(x, whole, bias, s.stride, s.padding, s.dilation)
+                return fake_quant.conv2d(x, whole, bias, *window, grid=grid)
             case LowRank():
-                y = fake_quant.conv2d(x, cut("low", fmt.rank, None), None, s.stride, s.padding)
-                return fake_quant.conv2d(y, cut("high", None, fmt.rank), bias)
+                y = fake_quant.conv2d(x, cut("low", fmt.rank, None), None, *window, grid=grid)
+                return fake_quant.conv2d(y, cut("high", None, fmt.rank), bias, grid=after("low"))
             case Tucker2():
-                y = fake_quant.conv2d(x, cut("reduce", fmt.rank_in, None))
+                y = fake_quant.conv2d(x, cut("reduce", fmt.rank_in, None), grid=grid)
                 core = cut("core", fmt.rank_out, fmt.rank_in)
-                y = fake_quant.conv2d(y, core, None, s.stride, s.padding, s.dilation)
-                return fake_quant.conv2d(y, cut("expand", None, fmt.rank_out), bias)
+                y = fake_quant.conv2d(y, core, None, *window, grid=after("reduce"))
+                last = cut("expand", None, fmt.rank_out)
+                return fake_quant.conv2d(y, last, bias, grid=after("core"))
             case CP():
-                y = fake_quant.conv2d(x, cut("cp_in", fmt.rank, None))
+                y = fake_quant.conv2d(x, cut("cp_in", fmt.rank, None), grid=grid)
                 y = self._separable(y, fmt.rank).detach()
                 return fake_quant.conv2d(y, cut("cp_out", None, fmt.rank), bias)
 

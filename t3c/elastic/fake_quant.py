@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from t3c.core.grid import Grid
 from t3c.core.ops import TINY
 
 SUM_MAX = 1 << 24
@@ -25,6 +26,19 @@ def quantize(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     scale = peak * torch.tensor(1 / 127, dtype=torch.float32, device=x.device)
     q = torch.round(x * (torch.tensor(127.0, device=x.device) / peak)).to(torch.int8)
     return q, scale
+
+
+@torch.no_grad()
+def quantize_to(x: Tensor, grid: Grid) -> Tensor:
+    """Codes of x on a fixed grid: int8 where it is signed, else uint8."""
+    q = torch.round(x * torch.tensor(grid.inverse, device=x.device)).clamp(*grid.ends)
+    return q.to(torch.int8 if grid.signed else torch.uint8)
+
+
+@torch.no_grad()
+def snap(x: Tensor, grid: Grid) -> Tensor:
+    """The values of a fixed grid nearest to x."""
+    return quantize_to(x, grid).float() * torch.tensor(grid.scale, device=x.device)
 
 
 @torch.no_grad()
@@ -90,13 +104,14 @@ def accumulators(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """Exact convolution of int8 codes q [batch, in, h, w] with [out, in, kh, kw], as float32.
+    """Exact convolution of codes q [batch, in, h, w] with int8 [out, in, kh, kw], as float32.
 
     Float32 sums below 2^24 are exact in any order. Where that bound does not hold for the whole
     window, integer products of unfolded windows are used, or sums over few channels at a time.
     """
     device, channels, taps = str(q.device), q.shape[1], codes.shape[2] * codes.shape[3]
-    most = SUM_MAX // (127 * 127 * taps)
+    unsigned = q.dtype == torch.uint8
+    most = SUM_MAX // ((255 if unsigned else 127) * 127 * taps)
     few = channels <= most * max(1, taps // 3)  # sums that take less time than unfolding
     if _float_conv_is_exact(device) and most and (few or not _int_mm_is_exact(device)):
         total: Tensor | None = None
@@ -115,8 +130,12 @@ def accumulators(
         if total is not None:
             return total.float()
     patches, (oh, ow) = unfold(q, tuple(codes.shape[2:]), stride, padding, dilation)
-    acc = product(patches, codes.reshape(len(codes), -1)).reshape(len(q), oh, ow, len(codes))
-    return acc.permute(0, 3, 1, 2).float()
+    rows = codes.reshape(len(codes), -1)
+    if unsigned:  # products take int8: 128 less in every factor is 128 times the weights less
+        sums = product((patches.short() - 128).char(), rows) + 128 * rows.int().sum(1)
+    else:
+        sums = product(patches, rows)
+    return sums.reshape(len(q), oh, ow, len(codes)).permute(0, 3, 1, 2).float()
 
 
 def _canonical(a: Tensor) -> Tensor:
@@ -143,10 +162,17 @@ def conv2d(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
+    grid: Grid | None = None,
 ) -> Tensor:
-    """X [batch, in, height, width] through one int8 convolution, one activation scale per image."""
+    """X [batch, in, height, width] through one int8 convolution.
+
+    Activations lie on `grid`; without one, each image gets its own scale.
+    """
     codes, w_scale = w
-    q, scale = quantize(x, (1, 2, 3))
+    if grid is None:
+        q, scale = quantize(x, (1, 2, 3))
+    else:
+        q, scale = quantize_to(x, grid), torch.tensor(grid.scale, device=x.device)
     acc = accumulators(q, codes, stride, padding, dilation)
     y = acc * (scale * w_scale[None, :, None, None])
     return y if bias is None else y + bias[None, :, None, None]

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from t3c.core.codes import Matrix, SiteCodes
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.grid import Grid
 from t3c.core.registry import resolve
 from t3c.core.sites import Site
 from t3c.elastic import fake_quant
 from t3c.elastic.factorize import FACTORIZATIONS
 from t3c.elastic.factorize.base import AbstractFactorizer
 
+INPUT = "x"
+"""Name of the grid of a layer's input."""
 State = tuple[Format | None, bool]
 
 _NAMES = {
@@ -35,6 +38,8 @@ class ElasticLayer(nn.Module, ABC):
         site: What and where it is.
         format: Format of the next calls; None is the original dense float layer.
         exact: Whether formats below 32 bits run on integers as the kernels do; else in float.
+        grids: Fixed grids of activations: of the input (`INPUT`) and of the outputs of inner
+            steps, by factor. Where there is none, activations get their scale from each call.
     """
 
     def __init__(self, site: Site, weight: Tensor, bias: Tensor | None) -> None:
@@ -43,6 +48,7 @@ class ElasticLayer(nn.Module, ABC):
         self.site = site
         self.format: Format | None = None
         self.exact = True
+        self.grids: dict[str, Grid] = {}
         self.weight = nn.Parameter(weight.detach())
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         for names in _NAMES.values():
@@ -230,7 +236,7 @@ class ElasticLayer(nn.Module, ABC):
         bias = np.zeros(self.weight.shape[0], np.float32)
         if self.bias is not None:
             bias = self.bias.detach().cpu().numpy().astype(np.float32).copy()
-        return SiteCodes(bias=bias, **found)
+        return SiteCodes(bias=bias, grids=dict(self.grids), **found)
 
     def _matrix(self, name: str, rows: int | None, cols: int | None) -> Matrix:
         q, scale = self.codes_of(name)

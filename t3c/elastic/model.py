@@ -9,9 +9,11 @@ from torch import Tensor, fx, nn
 
 from t3c.core.codes import SiteCodes
 from t3c.core.formats import Format
+from t3c.core.grid import Grid
 from t3c.core.report import ConversionReport
 from t3c.core.sites import Site
-from t3c.elastic.layer import ElasticLayer
+from t3c.elastic.layer import INPUT, ElasticLayer
+from t3c.elastic.snap import Snap
 
 
 class Structure(Protocol):
@@ -54,6 +56,7 @@ class ElasticModel:
         report: What became elastic, what did not and why.
         sites: Site name -> site, in graph order.
         layers: Site name -> elastic module.
+        snaps: Name -> place where activations may be rounded to a fixed grid, in graph order.
     """
 
     def __init__(
@@ -64,11 +67,15 @@ class ElasticModel:
         self.captured = captured
         self.report = report
         layers: dict[str, ElasticLayer] = {}
+        snaps: dict[str, Snap] = {}
         for node in graph.graph.nodes:
             if node.op == "call_module":
                 layer = graph.get_submodule(str(node.target))
                 if isinstance(layer, ElasticLayer):
                     layers[layer.site.name] = layer
+                elif isinstance(layer, Snap):
+                    snaps[layer.name] = layer
+        self.snaps: Mapping[str, Snap] = MappingProxyType(snaps)
         self.layers: Mapping[str, ElasticLayer] = MappingProxyType(layers)
         self.sites: Mapping[str, Site] = MappingProxyType({n: x.site for n, x in layers.items()})
 
@@ -103,13 +110,45 @@ class ElasticModel:
         for name, fmt in chosen.items():
             self._layer(name).check(fmt)
         before = {name: layer.state for name, layer in self.layers.items()}
+        active = {name: snap.active for name, snap in self.snaps.items()}
+        integer = {name for name, fmt in chosen.items() if quantize and fmt.bits < 32}
         try:
             for name, layer in self.layers.items():
                 layer.state = (chosen.get(name), quantize)
+            for snap in self.snaps.values():
+                snap.active = integer.issuperset(snap.readers)
             yield self
         finally:
             for name, layer in self.layers.items():
                 layer.state = before[name]
+            for name, snap in self.snaps.items():
+                snap.active = active[name]
+
+    def set_grids(self, grids: Mapping[str, Grid]) -> None:
+        """Fix the grids of activations; snaps and layers left out round dynamically from now on.
+
+        Args:
+            grids: Name of a snap -> grid of its value; ``site:factor`` -> grid of the output of
+                an inner step of a site.
+
+        Raises:
+            ValueError: There is no such place.
+        """
+        places = {*self.snaps, *(n for n in grids if n.partition(":")[0] in self.layers)}
+        for name in grids:
+            if name not in places:
+                raise ValueError(f"no place {name!r} for a grid; there are {', '.join(self.snaps)}")
+        for layer in self.layers.values():
+            layer.grids.clear()
+        for snap in self.snaps.values():
+            snap.grid = grids.get(snap.name)
+            if snap.grid is not None:
+                for site in snap.readers:
+                    self.layers[site].grids[INPUT] = snap.grid
+        for name, grid in grids.items():
+            site, colon, factor = name.partition(":")
+            if colon:
+                self.layers[site].grids[factor] = grid
 
     def codes(self, site: str, formats: Iterable[Format] | None = None) -> SiteCodes:
         """Integer weights of a site for the formats that profiles use; see `ElasticLayer.codes`."""

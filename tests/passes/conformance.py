@@ -9,6 +9,7 @@ from t3c.core.report import Row
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.linear import ElasticLinear
+from t3c.elastic.snap import Snap
 from t3c.passes.base import AbstractPass, run_passes
 from t3c.passes.capture import capture
 from t3c.passes.dead_code import DeadCode
@@ -17,7 +18,11 @@ from t3c.passes.pipeline import elastic_passes
 from t3c.passes.reference import Reference
 from t3c.passes.sites import EVERYTHING, Choice, Makers
 
-MAKERS = Makers(ElasticLinear, ElasticConv)
+MAKERS = Makers(
+    ElasticLinear,
+    ElasticConv,
+    lambda name, readers, signed: Snap(name, readers, signed=signed),
+)
 CLEAN: tuple[AbstractPass, ...] = (DropDropout(), DeadCode())
 
 
