@@ -10,7 +10,16 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from t3c.codegen.import_graph import KernelCall, NormCall, SiteCall, Skeleton
+from t3c.codegen.carry import Carrier, range_name, ranges_of
+from t3c.codegen.flow import plan_flow
+from t3c.codegen.import_graph import (
+    KernelCall,
+    NormCall,
+    PoolCall,
+    SiteCall,
+    Skeleton,
+    SnapCall,
+)
 from t3c.codegen.kernels.depthwise import grouped_conv
 from t3c.codegen.kernels.family import Kernel
 from t3c.codegen.kernels.norm import NormOptions, layer_norm
@@ -36,6 +45,7 @@ class ProfileBuilder:
         self.kernels: dict[str, Any] = {}
         self.builder = relax.BlockBuilder(skeleton.module)
         self.quantized = _read_by_linear(skeleton, store)
+        self.flow = plan_flow(skeleton, store.sites)
 
     def module(self) -> Any:
         """The module with every profile added so far and without the skeleton."""
@@ -64,6 +74,8 @@ class ProfileBuilder:
         names = [self.store.parameter(*params[p]) for p in shared]
         sites = dict.fromkeys(call.site for call in self.skeleton.site_calls())
         names += [n for site in sites for n in self.store.names(site, formats[site])]
+        for place, grid in ranges_of(self.flow, self.store, sites, formats).items():
+            names.append(self.store.parameter(range_name(place), grid.array()))
         inputs = [relax.Var(p.name, p.ty) for p in main.params[: self.skeleton.inputs]]
         tensors = [self.store.tensors[n] for n in names]
         weights = relax.Var(
@@ -72,6 +84,7 @@ class ProfileBuilder:
         with self.builder.function(name, [*inputs, weights]):
             with self.builder.dataflow():
                 body = self.body(names, weights, formats)
+                body.probe = probe
                 for old, new in zip(main.params, inputs, strict=False):
                     body.bind(old, new)
                 for param in shared:
@@ -79,6 +92,7 @@ class ProfileBuilder:
                 for block in main.body.blocks:
                     for binding in block.bindings:
                         body.translate(binding)
+                body.carrier.demand(main.body.body)
                 out = body.value(main.body.body)
                 if probe:
                     flat = list(out.fields) if isinstance(out, relax.Tuple) else [out]
@@ -121,6 +135,8 @@ class Body:
         self.loaded: dict[str, Any] = {}
         self.quantized: dict[tuple[Any, str], tuple[Any, ...]] = {}
         self.taps: list[Any] = []
+        self.probe = False
+        self.carrier = Carrier(self, owner.flow)
 
     def bind(self, old: Any, new: Any) -> None:
         """Let a variable of the skeleton stand for a new expression."""
@@ -142,10 +158,32 @@ class Body:
         call = binding.value
         key = _opaque_key(call)
         if key is None:
+            self.carrier.demand(call)
             self.bind(binding.var, self.builder.emit(self.value(call)))
             return
-        args = [self.value(a) for a in call.args[1].fields]
-        what = self.owner.skeleton.opaque[key]
+        what, fields = self.owner.skeleton.opaque[key], tuple(call.args[1].fields)
+        carried = self.owner.flow.carried
+        if isinstance(what, PoolCall):
+            self.carrier.pool(binding.var, fields[0], what)
+            return
+        if isinstance(what, SnapCall):
+            if not self.carrier.has(binding.var):
+                self.carrier.snap(binding.var, self.value(fields[0]))
+            return
+        if isinstance(what, SiteCall) and fields[0] in carried:
+            site = self.owner.store.sites[what.site]
+            assert isinstance(site, ConvSite)
+            if self.probe:
+                self.carrier.demand(fields[0])
+                self.taps.append(self.value(fields[0]))
+            fmt = self.formats[what.site]
+            result = self.carrier.conv(called(site, fields[0], what), fmt, what, binding.var, fields)
+            if result is not None:
+                self.bind(binding.var, result)
+            return
+        for field in fields:
+            self.carrier.demand(field)
+        args = [self.value(a) for a in fields]
         if isinstance(what, KernelCall):
             result = self._kernel_call(what, args)
         elif isinstance(what, NormCall):

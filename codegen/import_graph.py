@@ -19,6 +19,7 @@ from t3c.codegen.kernels.attention import attention
 from t3c.codegen.kernels.family import Kernel
 from t3c.codegen.tvm_api import from_exported_program, relax
 from t3c.core.errors import LoweringError
+from t3c.core.grid import Grid
 from t3c.targets.base import TargetSpec
 
 PREFIX = "t3c.opaque."
@@ -36,6 +37,43 @@ class SiteCall:
 
     site: str
     epilogue: str
+    out_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapCall:
+    """Rounding to a fixed grid: the argument is x [batch, channels, height, width].
+
+    Attributes:
+        place: Name of the grid.
+        grid: The grid.
+        shape: Shape of x and of the result.
+    """
+
+    place: str
+    grid: Grid
+    shape: tuple[int, ...]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the result in the graph."""
+        return self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCall:
+    """Max pooling of values on a grid: the argument is x [batch, channels, height, width].
+
+    Attributes:
+        kernel: (height, width) of the window.
+        stride: (height, width).
+        padding: (height, width).
+        out_shape: Shape of the result.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
     out_shape: tuple[int, ...]
 
 
@@ -74,7 +112,7 @@ class NormCall:
         return self.shape
 
 
-Opaque = SiteCall | KernelCall | NormCall
+Opaque = SiteCall | KernelCall | NormCall | SnapCall | PoolCall
 
 
 @dataclass(slots=True)
@@ -203,6 +241,18 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         args = [importer.env[a] for a in (x, *affine)]
         return emit(importer, "layer_norm", NormCall(_shape(x), eps), args)
 
+    def snap(node: torch.fx.Node, importer: Any) -> Any:
+        x, place, scale, signed = node.args
+        grid = Grid(float(scale), bool(signed))  # type: ignore[arg-type]
+        return emit(importer, "snap", SnapCall(str(place), grid, _shape(node)), [importer.env[x]])
+
+    def pool(node: torch.fx.Node, importer: Any) -> Any:
+        x = node.args[0]
+        what = _pooling(node)
+        if what is None or not _on_grid(x):
+            return importer._max_pool2d(node)
+        return emit(importer, "max_pool", what, [importer.env[x]])
+
     def embed(node: torch.fx.Node, importer: Any) -> Any:
         """Look rows up; an index beyond the table reads its edge, not foreign memory."""
         emit_op = importer.block_builder.emit
@@ -218,7 +268,36 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
     }
     if spec.linear == "generic":
         return {**known, "attention.default": generic_attend}
-    return {**known, "attention.default": attend, "layer_norm.default": norm}
+    return {
+        **known,
+        "attention.default": attend,
+        "layer_norm.default": norm,
+        "snap.default": snap,
+        "max_pool2d.default": pool,
+    }
+
+
+def _on_grid(node: Any) -> bool:
+    """Whether a value is rounded to a fixed grid, or the maximum of such values."""
+    name = str(getattr(node, "target", ""))
+    if name == "aten.max_pool2d.default":
+        return _pooling(node) is not None and _on_grid(node.args[0])
+    return name == "t3c.snap.default"
+
+
+def _pooling(node: torch.fx.Node) -> PoolCall | None:
+    """Windows without dilation, of whole steps, over images; None: others."""
+    defaults = ([1, 1], [], [0, 0], [1, 1], False)
+    given: list[Any] = [*node.args[1:], *defaults[len(node.args) - 1 :]]
+    window, stride, padding = (_pair(v) for v in (given[0], given[1] or given[0], given[2]))
+    plain = _pair(given[3]) == (1, 1) and not given[4] and not node.kwargs
+    shape = _shape(node)
+    return PoolCall(window, stride, padding, shape) if plain and len(shape) == 4 else None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    both = list(value) if isinstance(value, list | tuple) else [value]
+    return int(both[0]), int(both[-1])
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -24,6 +24,9 @@ class PlaceGrids(AbstractPass):
 
     Before: y = sites.conv2(max_pool2d(relu(x)));                z = y + relu(x)
     After:  r = grids.relu(relu(x)); y = sites.conv2(max_pool2d(r)); z = y + r
+
+    Of two convolutions that are added, the later one is rounded too: the earlier one's kernel reads
+    it as its residual.
     """
 
     name: ClassVar[str] = "place-grids"
@@ -31,27 +34,46 @@ class PlaceGrids(AbstractPass):
 
     def run(self, gm: fx.GraphModule, log: Log) -> None:
         """Place one module after each source."""
-        calls: dict[str, list[fx.Node]] = {}
-        sites: dict[fx.Node, str] = {}
-        for node in gm.graph.nodes:
-            if node.op == "call_module":
-                site = getattr(gm.get_submodule(str(node.target)), "site", None)
-                if isinstance(site, ConvSite):
-                    calls.setdefault(site.name, []).append(node)
-                    sites[node] = site.name
+        sites = _single_calls(gm)
         readers: dict[fx.Node, list[str]] = {}
         for node, name in sites.items():
-            if len(calls[name]) == 1:  # a shared layer has an input for every call
-                readers.setdefault(_source(node.args[0]), []).append(name)
-        if readers:
+            readers.setdefault(_source(node.args[0]), []).append(name)
+        around = {source: tuple(names) for source, names in readers.items()}
+        for node in gm.graph.nodes:
+            pair = [sites.get(as_node(a)) for a in node.args[:2]] if _adds(node) else []
+            if len(pair) == 2 and None not in pair:
+                order = list(sites)
+                last = max(node.all_input_nodes, key=order.index)
+                around.setdefault(last, tuple(str(name) for name in pair))
+        if around:
             gm.add_module("grids", nn.Module())
-        for source, names in readers.items():
-            place = str(source.name)
-            gm.add_submodule(f"grids.{place}", self.make(place, tuple(names), _signed(source)))
+        for source, needed in around.items():
+            place, reading = str(source.name), tuple(readers.get(source, ()))
+            gm.add_submodule(f"grids.{place}", self.make(place, _signed(source), reading, needed))
             with gm.graph.inserting_after(source):
                 new = gm.graph.call_module(f"grids.{place}", (source,))
             new.meta = dict(source.meta)
             source.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+
+
+def _single_calls(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """Calls of convolution sites that are called once: a shared one has an input for every call."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            site = getattr(gm.get_submodule(str(node.target)), "site", None)
+            if isinstance(site, ConvSite):
+                calls.setdefault(site.name, []).append(node)
+    return {nodes[0]: name for name, nodes in calls.items() if len(nodes) == 1}
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether a node adds two values that nobody else reads."""
+    return (
+        is_call(node, aten.add.Tensor)
+        and len(node.all_input_nodes) == 2
+        and all(len(source.users) == 1 for source in node.all_input_nodes)
+    )
 
 
 def _source(node: object) -> fx.Node:

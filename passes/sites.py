@@ -12,8 +12,9 @@ from t3c.passes.nodes import Key, constant, key_of
 
 MakeLinear = Callable[[LinearSite, Tensor, Tensor | None], nn.Module]
 MakeConv = Callable[[ConvSite, Tensor, Tensor | None], nn.Module]
-MakeSnap = Callable[[str, tuple[str, ...], bool], nn.Module]
-"""(name, readers, signed) -> module that rounds its input to a fixed grid."""
+MakeSnap = Callable[[str, bool, tuple[str, ...], tuple[str, ...]], nn.Module]
+"""(name, signed, sites that read it, sites that must be integer) -> module that rounds its input to
+a fixed grid."""
 
 
 @dataclass(frozen=True, slots=True)

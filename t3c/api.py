@@ -101,7 +101,7 @@ def elasticize(
     makers = Makers(
         linear=ElasticLinear,
         conv=lambda site, w, b: ElasticConv(site, w, b, conv),
-        snap=lambda name, readers, signed: Snap(name, readers, signed=signed),
+        snap=Snap,
     )
     graph, report = rewrite(captured.graph, makers, Choice(tuple(include), tuple(exclude)))
     elastic = ElasticModel(graph, captured, report)

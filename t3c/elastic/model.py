@@ -116,7 +116,7 @@ class ElasticModel:
             for name, layer in self.layers.items():
                 layer.state = (chosen.get(name), quantize)
             for snap in self.snaps.values():
-                snap.active = integer.issuperset(snap.readers)
+                snap.active = integer.issuperset(snap.around)
             yield self
         finally:
             for name, layer in self.layers.items():

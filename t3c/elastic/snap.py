@@ -15,17 +15,21 @@ class Snap(nn.Module):
     Attributes:
         name: Its place, unique in the graph.
         signed: Whether negative values occur; not after a ReLU.
-        readers: Sites that read the value.
+        readers: Sites whose input lies on the grid.
+        around: Sites that must run on integers for the rounding to happen: they do it.
         grid: Chosen at calibration; None: activations are rounded by each reader, dynamically.
-        active: Whether all readers run on integers in the formats in force.
+        active: Whether all of `around` run on integers in the formats in force.
     """
 
-    def __init__(self, name: str, readers: tuple[str, ...], *, signed: bool) -> None:
+    def __init__(
+        self, name: str, signed: bool, readers: tuple[str, ...], around: tuple[str, ...]
+    ) -> None:
         """Start without a grid."""
         super().__init__()
         self.name = name
-        self.readers = readers
         self.signed = signed
+        self.readers = readers
+        self.around = around
         self.grid: Grid | None = None
         self.active = False
 

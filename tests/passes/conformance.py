@@ -18,11 +18,7 @@ from t3c.passes.pipeline import elastic_passes
 from t3c.passes.reference import Reference
 from t3c.passes.sites import EVERYTHING, Choice, Makers
 
-MAKERS = Makers(
-    ElasticLinear,
-    ElasticConv,
-    lambda name, readers, signed: Snap(name, readers, signed=signed),
-)
+MAKERS = Makers(ElasticLinear, ElasticConv, Snap)
 CLEAN: tuple[AbstractPass, ...] = (DropDropout(), DeadCode())
 
 
