@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t3c.codegen.families import families_of
-from t3c.codegen.kernels.family import Kernel
+from t3c.codegen.kernels.family import Flow, Image, Kernel
 from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import tvm
 from t3c.codegen.weights import ConvStep, Families, conv_steps
 from t3c.core import ops
 from t3c.core.codes import F32, Matrix, SiteCodes
 from t3c.core.formats import Format, LowRank
+from t3c.core.grid import Grid
 from t3c.core.sites import ConvSite, LinearSite, Site
 from t3c.targets.base import TargetSpec
 
@@ -44,6 +45,8 @@ class _Case:
     x: F32
     weights: tuple[NDArray[np.generic], ...]
     exact: NDArray[np.int32]
+    range: F32 | None = None
+    """Of a fixed grid; None: the activations' scales come from the quantizing kernel."""
 
 
 def check_accumulators(
@@ -111,23 +114,40 @@ def _conv_case(
     site: ConvSite, step: ConvStep, families: Families, rng: np.random.Generator
 ) -> _Case:
     shape = step.shape
-    x = rng.standard_normal((shape.batch, shape.in_channels, *shape.in_size), dtype=np.float32)
+    size = (shape.batch, shape.in_channels, *shape.in_size)
     used = step.codes.prefix(rows=shape.out_channels, cols=shape.in_channels)
     packed = families.conv.pack(step.codes, step.bias, shape)
+    if families.conv.static:
+        image = Image(
+            shape.batch, shape.in_channels, shape.in_size, max(shape.padding), signed=False
+        )
+        whole = rng.integers(0, 256, size).astype(np.float32)
+        return _Case(
+            site.name,
+            families.conv.encode(image),
+            families.conv.flow(Flow(shape, image, None), step.channels_max, raw=True),
+            whole,
+            tuple(packed.values()),
+            _conv_accumulators(whole.astype(np.int16), used, step),
+            Grid(1.0, signed=False).array(),
+        )
+    x = rng.standard_normal(size, dtype=np.float32)
+    q, _ = ops.quantize(x, (1, 2, 3))
     return _Case(
         site.name,
         families.conv.quantize(shape),
         families.conv.conv(shape, step.channels_max, raw=True),
         x,
         tuple(packed.values()),
-        _conv_accumulators(x, used, step),
+        _conv_accumulators(q, used, step),
     )
 
 
-def _conv_accumulators(x: F32, w: Matrix, step: ConvStep) -> NDArray[np.int32]:
-    """Exact int32 sums of a convolution, through float64 matrix products."""
+def _conv_accumulators(
+    q: NDArray[np.signedinteger], w: Matrix, step: ConvStep
+) -> NDArray[np.int32]:
+    """Exact int32 sums of a convolution of codes q, through float64 matrix products."""
     shape = step.shape
-    q, _ = ops.quantize(x, (1, 2, 3))
     pad = [(0, 0), (0, 0), *((p, p) for p in shape.padding)]
     padded = np.pad(q.astype(np.float64), pad)
     (oh, ow), (sh, sw), (dh, dw) = shape.out_size, shape.stride, shape.dilation
@@ -143,7 +163,9 @@ def _conv_accumulators(x: F32, w: Matrix, step: ConvStep) -> NDArray[np.int32]:
 
 def _run(case: _Case, library: Any) -> Check:
     codes = [tvm.runtime.tensor(np.zeros(s, d)) for s, d in case.quantize.outs]
-    library[case.quantize.name](tvm.runtime.tensor(case.x), *codes)
+    given = [tvm.runtime.tensor(a) for a in (case.x, case.range) if a is not None]
+    library[case.quantize.name](*given, *codes)
+    codes += given[1:]
     (shape, dtype), *_ = case.raw.outs
     out = tvm.runtime.tensor(np.zeros(shape, dtype))
     library[case.raw.name](*codes, *(tvm.runtime.tensor(w) for w in case.weights), out)

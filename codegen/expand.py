@@ -177,7 +177,9 @@ class Body:
                 self.carrier.demand(fields[0])
                 self.taps.append(self.value(fields[0]))
             fmt = self.formats[what.site]
-            result = self.carrier.conv(called(site, fields[0], what), fmt, what, binding.var, fields)
+            result = self.carrier.conv(
+                called(site, fields[0], what), fmt, what, binding.var, fields
+            )
             if result is not None:
                 self.bind(binding.var, result)
             return

@@ -119,4 +119,3 @@ def _uses(skeleton: Skeleton) -> "_Counter":
 class _Counter(dict[Any, int]):
     def add(self, var: Any) -> None:
         self[var] = self.get(var, 0) + 1
-

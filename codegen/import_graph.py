@@ -287,7 +287,7 @@ def _on_grid(node: Any) -> bool:
 
 def _pooling(node: torch.fx.Node) -> PoolCall | None:
     """Windows without dilation, of whole steps, over images; None: others."""
-    defaults = ([1, 1], [], [0, 0], [1, 1], False)
+    defaults: tuple[Any, ...] = ([1, 1], [], [0, 0], [1, 1], False)
     given: list[Any] = [*node.args[1:], *defaults[len(node.args) - 1 :]]
     window, stride, padding = (_pair(v) for v in (given[0], given[1] or given[0], given[2]))
     plain = _pair(given[3]) == (1, 1) and not given[4] and not node.kwargs

@@ -53,7 +53,8 @@ class PlaceGrids(AbstractPass):
             with gm.graph.inserting_after(source):
                 new = gm.graph.call_module(f"grids.{place}", (source,))
             new.meta = dict(source.meta)
-            source.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+            for user in [u for u in source.users if u is not new]:
+                user.replace_input_with(source, new)
 
 
 def _single_calls(gm: fx.GraphModule) -> dict[fx.Node, str]:

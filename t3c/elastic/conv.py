@@ -136,9 +136,9 @@ class ElasticConv(ElasticLayer):
         Returns:
             Factor name -> output of its step.
         """
-        if self.low is not None:
+        if self.reach("low", 0):
             return {"low": self._low(x, self.reach("low", 0))}
-        if self.reduce is not None:
+        if self.reach("reduce", 0):
             first = self._reduce(x, self.reach("reduce", 0))
             rank_out = self.reach("core", 0)
             return {"reduce": first, "core": self._core(first, rank_out, first.shape[1])}
