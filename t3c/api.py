@@ -66,6 +66,7 @@ TIMING_SECONDS = 20.0
 LEAST_CALLS = 20
 SLOWER = 1.03
 """Median ratio to the dense profile above which a profile counts as slower; 3 % is noise."""
+ACTIVATIONS: Mapping[str, bool | None] = {"auto": None, "static": True, "dynamic": False}
 OBSERVED_INPUTS = 16
 """Calibration inputs on which the drift of every profile is observed, at most."""
 HELD_OUT_FROM = 8
@@ -126,6 +127,7 @@ def lower(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     conv: str = "tucker2",
+    activations: str = "auto",
     plan_seconds: float | None = None,
     calls: int = 100,
     progress: Progress | None = None,
@@ -144,6 +146,9 @@ def lower(
         include: See `elasticize`.
         exclude: See `elasticize`.
         conv: See `elasticize`.
+        activations: How convolutions round their inputs: ``static``, to grids fixed on the
+            calibration data, so that int8 tensors flow between them; ``dynamic``, to the range of
+            each image; ``auto``, static where the target's kernels can.
         plan_seconds: Time for calibration and damage table; None: the planner's default.
         calls: Most timed calls per profile where this machine can run the library, fewer where
             they take long; 0: none, and the profiles keep their predicted times.
@@ -157,8 +162,14 @@ def lower(
         ArtifactError: `out` exists and is no artifact.
         TargetError: Unknown target (the known ones are listed), or tools are missing.
         LoweringError: The graph does not fit the target.
+        ValueError: `activations` is none of the three.
         ParityError: A profile does not compute what its torch reference computes.
     """
+    if activations not in ACTIVATIONS:
+        raise ValueError(
+            f"activations is {activations!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}"
+        )
+    static = ACTIVATIONS[activations]
     spec = targets.get(target) if isinstance(target, str) else target
     require(spec)
     where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
@@ -184,7 +195,15 @@ def lower(
             f"data will drift more; with {HELD_OUT_FROM} calibration inputs or more, the last "
             "quarter is kept for it"
         )
-    chosen = plan(elastic, fitted, spec, profiles=profiles, seconds=plan_seconds, progress=progress)
+    chosen = plan(
+        elastic,
+        fitted,
+        spec,
+        profiles=profiles,
+        seconds=plan_seconds,
+        static=static,
+        progress=progress,
+    )
     notes.add(*chosen.notes)
     built = _build(elastic, chosen, spec, progress)
     chain = certify(elastic, chosen.chain, held, progress=progress)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import typer
@@ -145,6 +145,10 @@ def lower(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Glob: not these layers; repeatable.")
     ] = None,
+    activations: Annotated[
+        Literal["auto", "static", "dynamic"],
+        typer.Option(help="How convolutions round inputs: fixed grids, or each image's range."),
+    ] = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -166,6 +170,7 @@ def lower(
                 profiles=profiles,
                 include=include or ("*",),
                 exclude=exclude or (),
+                activations=activations,
                 progress=progress,
                 say=console.remark,
             )

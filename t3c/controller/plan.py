@@ -16,6 +16,7 @@ from t3c.controller.options import SHARES, GateDecision, gate
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import Suffix
 from t3c.controller.work import other_bytes, peak_bytes, rest_of
+from t3c.core.errors import TargetError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.profile import Label, Profile, ProfileChain, Timing
 from t3c.core.sites import LinearSite, Site
@@ -78,6 +79,7 @@ def plan(
 
     Raises:
         T3CError: No batches, or values that are not finite.
+        TargetError: `static` is asked for and the target has no such kernels.
         ValueError: `profiles` is below 1.
     """
     if profiles < 1:
@@ -88,8 +90,7 @@ def plan(
     # Factors fit the data that they are made from better than other data: damage is measured on
     # batches that they have not seen, then the factors are made again from all of them.
     elastic.set_grids({})
-    if static is None:
-        static = families_of(spec).conv.static
+    static = _static(spec, static) and bool(elastic.snaps)
     fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     predict = cost_model(spec) if model is None else model
     decisions = menu_of(elastic, spec, predict, profiles, threads)
@@ -122,6 +123,12 @@ def plan(
         path = search.fine_path(options)
     plans = search.cut(path, profiles)
     notes = []
+    if static:
+        notes.append(
+            f"convolutions round activations to grids fixed on {len(batches)} calibration input(s);"
+            " values beyond them are cut off (activations='dynamic' takes each call's own range, "
+            "and longer)"
+        )
     if held is fit:
         notes.append(
             "one calibration batch: drift is predicted on the data that the factors were made "
@@ -146,6 +153,17 @@ def plan(
     made = [_profile(n, elastic.sites, p, fixed) for n, p in zip(names, plans, strict=True)]
     drift = {name: p.drift for name, p in zip(names, plans, strict=True)}
     return Plan(ProfileChain(tuple(made)), decisions, table, drift, plain, tuple(notes))
+
+
+def _static(spec: TargetSpec, wanted: bool | None) -> bool:
+    """Whether grids are fixed: what is wanted, if the target can."""
+    can = families_of(spec).conv.static
+    if wanted and not can:
+        raise TargetError(
+            f"target {spec.name!r} has no convolutions on fixed grids; use activations='dynamic', "
+            "or 'auto', which takes what the target has"
+        )
+    return can if wanted is None else wanted
 
 
 def menu_of(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import t3c
 from t3c.codegen import families
+from t3c.core.errors import TargetError
 from t3c.core.formats import CP, Dense, LowRank, Tucker2
 from t3c.core.manifest import Manifest
 from t3c.targets import detect_host
@@ -50,15 +51,18 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> str:
     return "plain"
 
 
-def manifest_of(folder: Path, family: str, conv: str = "tucker2", batch: int = 2) -> Manifest:
+def manifest_of(
+    folder: Path, family: str, conv: str = "tucker2", activations: str = "auto"
+) -> Manifest:
     torch.manual_seed(0)
     spec = replace(detect_host(), conv=family, roofline=ARITHMETIC, rank_step=16)
     return t3c.lower(
         Residual().eval(),
         spec,
-        (torch.randn(batch, 3, 50, 62),),
+        (torch.randn(2, 3, 50, 62),),
         folder / "artifact",
         conv=conv,
+        activations=activations,
         profiles=4,
         plan_seconds=0.5,
         calls=0,
@@ -87,3 +91,19 @@ def test_float_steps_of_cp(plain: str, tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, plain, conv="cp")
     check(manifest)
     assert any(isinstance(f, CP) for f in manifest.profiles[0].profile.formats.values())
+
+
+def test_dynamic_on_request(plain: str, tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, plain, activations="dynamic")
+    check(manifest)
+    assert not any(name.startswith("grid/") for name in manifest.profiles[-1].weights)
+
+
+def test_static_is_refused_where_kernels_lack(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="no convolutions on fixed grids"):
+        manifest_of(tmp_path, "portable", activations="static")
+
+
+def test_unknown_spelling(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="activations is 'fixed'; allowed are 'auto', 'static'"):
+        manifest_of(tmp_path, "portable", activations="fixed")
