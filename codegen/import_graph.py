@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 
 from t3c.codegen import generic_ops
 from t3c.codegen.kernels.attention import attention
+from t3c.codegen.kernels.attention_words import word_product
 from t3c.codegen.kernels.family import Kernel
 from t3c.codegen.tvm_api import from_exported_program, relax
 from t3c.core.errors import LoweringError
@@ -222,6 +223,7 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
             mask=shapes[3] if len(shapes) > 3 else None,
             causal=causal,
             lanes=spec.vector,
+            words=word_product(spec.features, spec.vector),
         )
         call = KernelCall(kernel, shapes, _shape(node))
         return emit(importer, "attention", call, [importer.env[a] for a in args])
