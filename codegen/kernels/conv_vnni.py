@@ -1,71 +1,149 @@
-"""Convolution with AVX-512 VNNI: blocks of output channels by pixel vectors in registers.
+"""Convolution with AVX-512 VNNI on channels-last codes: runs of pixels by vectors of channels.
 
-A word of four activations is the unsigned operand (code + 128), a broadcast word of four weights
-the signed one; the accumulators start at -128 times the sum of the weights.
+A word of four activations is broadcast (the unsigned operand), a vector of weights is sixteen
+channels of one word (the signed one). Signed images are stored plus 128; their accumulators start
+at -128 times the sum of the weights.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import numpy as np
-
-from t3c.codegen.kernels.conv_layout import Layout, pad_bytes
-from t3c.codegen.kernels.conv_x86 import Panel, panel_at, quantize_kernel
+from t3c.codegen.kernels import conv_flow, image_codes
+from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Run, runs
+from t3c.codegen.kernels.conv_x86 import emit_peaks
 from t3c.codegen.kernels.emit import (
     LANES,
     Emitter,
     buffer,
     ceil_div,
     epilogue_steps,
+    i32,
     kernel_name,
     lanes,
-    splat,
 )
-from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Kernel, Packed
+from t3c.codegen.kernels.family import (
+    AbstractConvKernels,
+    ConvShape,
+    Flow,
+    Image,
+    Kernel,
+    Packed,
+)
+from t3c.codegen.kernels.image_codes import PARALLEL_ELEMENTS, RANGE, Encoder, Grid
+from t3c.codegen.kernels.schedule import Op, Schedule, Scheduled, epilogue_class
 from t3c.core.codes import F32, Matrix
 
-RANK_STEP = 16
-SLACK = 5 * LANES
-"""Words that the last panel may read past the last plane."""
 PARALLEL_MACS = 1 << 23
 """Multiply-adds worth several threads: about 50 us of one."""
-L2_BYTES = 1 << 20
-"""Half of a second-level cache: weights above it are read once instead of once per panel."""
+L2_BYTES = 1 << 18
+"""Weights above a quarter of a second-level cache are read once instead of once per row."""
+
+
+BLOCKS = ((14, 2), (7, 3), (8, 3), (7, 2), (6, 4), (28, 1), (14, 1))
+"""(pixels, vectors) of the accumulators that 32 registers hold beside their operands."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvSchedule(Schedule):
+    """What registers hold, and the outer loop.
+
+    Attributes:
+        pixels: Longest run of pixels.
+        vectors: Vectors of sixteen output channels.
+        outer: "rows" or "channels".
+    """
+
+    pixels: int
+    vectors: int
+    outer: str
+
+
+_SIZES = (("k", "kernel"), ("s", "stride"), ("p", "padding"), ("d", "dilation"))
+
+
+def op_of(shape: ConvShape, epilogue: str) -> Op:
+    """The operator of a convolution, for records."""
+    sizes = {"b": shape.batch, "c": shape.in_channels, "o": shape.out_channels}
+    sizes |= {"h": shape.in_size[0], "w": shape.in_size[1]}
+    for letter, field in _SIZES:
+        tall, wide = getattr(shape, field)
+        sizes |= {f"{letter}h": tall, f"{letter}w": wide}
+    return Op.of("conv", epilogue_class(epilogue), **sizes)
+
+
+def shape_of(op: Op) -> ConvShape:
+    """The sizes of an operator."""
+    pairs = ((op[f"{letter}h"], op[f"{letter}w"]) for letter, _ in _SIZES)
+    return ConvShape(op["b"], op["c"], op["o"], (op["h"], op["w"]), *pairs)
+
+
+def source_of(shape: ConvShape) -> Image:
+    """The signed codes that a dynamic convolution reads."""
+    return Image(shape.batch, shape.in_channels, shape.in_size, max(shape.padding), True)
 
 
 @final
-class VnniConv(AbstractConvKernels):
+class VnniConv(AbstractConvKernels, Scheduled):
     """The family ``x86-vnni``."""
 
     name: ClassVar[str] = "x86-vnni"
     rank_step: ClassVar[int] = RANK_STEP
+    static: ClassVar[bool] = True
+
+    def __init__(self, records: Mapping[str, Schedule] | None = None) -> None:
+        """Records: key of an operator -> its tuned schedule."""
+        self.records: Mapping[str, Schedule] = records or {}
+
+    def schedules(self, op: Op) -> tuple[Schedule, ...]:
+        """Register blocks of at most 28 accumulators by the outer loop."""
+        if op.kind != "conv":
+            raise self.unknown(op)
+        groups = ceil_div(op["o"], LANES)
+        return tuple(
+            ConvSchedule(pixels, vectors, outer)
+            for pixels, vectors in BLOCKS
+            if vectors <= groups
+            for outer in ("rows", "channels")
+        )
+
+    def default(self, op: Op) -> Schedule:
+        """Long runs by two vectors; weights that do not stay in cache are read once."""
+        if op.kind != "conv":
+            raise self.unknown(op)
+        weights = op["c"] * op["o"] * op["kh"] * op["kw"]
+        block = BLOCKS[0] if op["o"] > LANES else BLOCKS[-1]
+        return ConvSchedule(*block, "channels" if weights > L2_BYTES else "rows")
+
+    def kernel(self, op: Op) -> Kernel:
+        """A flow between unsigned images; a residual is codes too."""
+        s = shape_of(op)
+        source = Image(s.batch, s.in_channels, s.in_size, max(s.padding), signed=False)
+        target = Image(s.batch, s.out_channels, s.out_size, 1, signed=False)
+        residual = target if "add" in op.epilogue else None
+        return self.flow(Flow(s, source, target, residual), None, op.epilogue)
 
     def quantize(self, shape: ConvShape) -> Kernel:
-        """(x) -> (unsigned codes as words, scales)."""
-        layout = Layout(shape)
-        name = f"vnni_conv_quantize_{layout.tag(outputs=False)}"
-        return quantize_kernel(layout, name, offset=128, slack=SLACK)
+        """(x) -> (codes, scales)."""
+        conv_flow.check_shape(shape)
+        grid, e = Grid(source_of(shape)), Emitter()
+        inverse = emit_peaks(e, shape)
+        size = shape.batch * shape.in_channels * shape.in_size[0] * shape.in_size[1]
+        threads = size >= PARALLEL_ELEMENTS
+        Encoder(e, grid, "codes").write(lambda b: f"{inverse}[{b}]", threads)
+        params = (
+            buffer("x", (shape.batch, shape.in_channels, *shape.in_size), "float32"),
+            grid.parameter("codes"),
+            buffer("scales", (shape.batch,), "float32"),
+        )
+        name = f"conv_quantize_{grid.tag()}"
+        outs = (grid.out(), ((shape.batch,), "float32"))
+        return Kernel(name, e.function(name, params), outs)
 
     def pack(self, w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
-        """Words [out / rows, quads, taps, rows]; starts, scale and bias of each channel."""
-        layout = Layout(shape)
-        rows = block_of(layout).rows
-        out, inner = w.q.shape[:2]
-        blocks = ceil_div(out, rows)
-        words = np.pad(layout.order(w.q), ((0, blocks * rows - out), (0, 0), (0, 0), (0, 0)))
-        words = words.reshape(blocks, rows, *words.shape[1:])
-        words = np.ascontiguousarray(words.transpose(0, 2, 3, 1, 4)).view(np.int32)
-        starts = [
-            -128 * w.q[:, : RANK_STEP * (i + 1)].reshape(out, -1).sum(1, dtype=np.int32)
-            for i in range(ceil_div(inner, RANK_STEP))
-        ]
-        return {
-            "weight": pad_bytes(words),
-            "start": pad_bytes(np.stack(starts).astype(np.int32)),
-            "scale": pad_bytes(w.scale),
-            "bias": pad_bytes(np.zeros(out, np.float32) if bias is None else bias),
-        }
+        """Weights [out / 16, words, 16, 4] int8; starts, scale and bias of each channel."""
+        return conv_flow.pack(w, bias, shape)
 
     def conv(
         self,
@@ -76,24 +154,82 @@ class VnniConv(AbstractConvKernels):
         raw: bool = False,
     ) -> Kernel:
         """(codes, scales, weight, start, scale, bias, [residual]) -> y."""
+        flow = Flow(shape, source_of(shape), None, None, True)
+        return self._product(flow, channels_max, epilogue, raw, dynamic=True)
+
+    def buffer(self, image: Image) -> tuple[tuple[int, ...], str]:
+        """(shape, dtype) of an image's codes."""
+        return Grid(image).out()
+
+    def encode(self, image: Image) -> Kernel:
+        """(x, range) -> codes."""
+        return image_codes.encode(image)
+
+    def decode(self, image: Image) -> Kernel:
+        """(codes, range) -> x."""
+        return image_codes.decode(image)
+
+    def flow(
+        self,
+        flow: Flow,
+        channels_max: tuple[int, int] | None = None,
+        epilogue: str = "",
+        *,
+        raw: bool = False,
+    ) -> Kernel:
+        """(codes, range_in, *pack, [residual, [its range]], [range_out]) -> [codes], [y]."""
+        return self._product(flow, channels_max, epilogue, raw, dynamic=False)
+
+    def max_pool(
+        self,
+        source: Image,
+        target: Image,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> Kernel:
+        """(codes) -> codes of the target."""
+        return image_codes.max_pool(source, target, kernel, stride, padding)
+
+    def average(self, image: Image) -> Kernel:
+        """(codes, range) -> means over the pixels."""
+        return image_codes.average(image)
+
+    def _product(
+        self,
+        flow: Flow,
+        channels_max: tuple[int, int] | None,
+        epilogue: str,
+        raw: bool,
+        *,
+        dynamic: bool,
+    ) -> Kernel:
+        s = flow.shape
+        conv_flow.check(flow)
         steps = epilogue_steps(epilogue)
-        layout = Layout(shape)
-        most = channels_max or (shape.out_channels, shape.in_channels)
-        return _Product(Emitter(), layout, block_of(layout), most, steps, raw).kernel()
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A register block: `rows` output channels by `vectors` pixel vectors."""
-
-    rows: int
-    vectors: int
-
-
-def block_of(layout: Layout) -> Block:
-    """The register block for this geometry: 24 accumulators, as few idle vectors as possible."""
-    n = layout.vectors
-    return Block(6, 4) if n % 4 == 0 and n <= 8 else Block(8, 3)
+        op = op_of(s, epilogue)
+        schedule = self.pick(op)
+        assert isinstance(schedule, ConvSchedule)
+        most = channels_max or (s.out_channels, s.in_channels)
+        e = Emitter()
+        scale = (lambda b: f"scales[{b}]") if dynamic else (lambda b: "range_in[0]")
+        output = Output(e, flow, most[0], () if raw else steps, raw, scale)
+        product = _Product(e, flow, Depth.of(s, most[1]), most, schedule, output)
+        product.write()
+        first = buffer("scales", (s.batch,), "float32")
+        params = [
+            Grid(flow.source).parameter("codes"),
+            first if dynamic else buffer("range_in", (RANGE,), "float32"),
+            *conv_flow.packed_parameters(s, most),
+            *output.parameters(),
+        ]
+        name = kernel_name(
+            "vnni_conv",
+            conv_flow.tag(flow, most),
+            "raw" if raw else "_".join(steps),
+            self.suffix(op, schedule),
+        )
+        return Kernel(name, e.function(name, params), output.outs())
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,193 +237,123 @@ class _Product:
     """Writer of one convolution kernel."""
 
     e: Emitter
-    layout: Layout
-    block: Block
+    flow: Flow
+    depth: Depth
     channels_max: tuple[int, int]
-    steps: tuple[str, ...]
-    raw: bool
-
-    def kernel(self) -> Kernel:
-        """The whole function."""
-        layout, s = self.layout, self.layout.shape
-        out_max, in_max = self.channels_max
-        blocks = ceil_div(out_max, self.block.rows)
-        words = blocks * self.block.rows * layout.quads_of(in_max) * layout.taps
-        starts = ceil_div(in_max, RANK_STEP) * out_max
-        shape = (s.batch, s.out_channels, *s.out_size)
-        dtype = "int32" if self.raw else "float32"
-        params = [
-            buffer("codes", (layout.words(SLACK),), "int32"),
-            buffer("scales", (s.batch,), "float32"),
-            buffer("weight", (ceil_div(words, 16) * 16,), "int32"),
-            buffer("start", (ceil_div(starts, 16) * 16,), "int32"),
-            buffer("wscale", (ceil_div(out_max, 16) * 16,), "float32"),
-            buffer("bias", (ceil_div(out_max, 16) * 16,), "float32"),
-        ]
-        if "add" in self.steps:
-            params.append(buffer("residual", shape, "float32"))
-        params.append(buffer("y", shape, dtype))
-        most = "" if self.channels_max == (s.out_channels, s.in_channels) else f"{out_max}x{in_max}"
-        ending = "raw" if self.raw else "_".join(self.steps)
-        name = kernel_name("vnni_conv", layout.tag(), most and f"of{most}", ending)
-        if self._channels_outer():
-            self._by_channels()
-        else:
-            self._by_pixels()
-        return Kernel(name, self.e.function(name, params), ((shape, dtype),))
-
-    def _threads(self) -> bool:
-        layout, s = self.layout, self.layout.shape
-        macs = s.batch * s.out_channels * layout.pixels * layout.quads * 4 * layout.taps
-        return macs >= PARALLEL_MACS
-
-    def _channels_outer(self) -> bool:
-        """Whether weights stay in cache and activations stream, instead of the reverse."""
-        layout = self.layout
-        weights = layout.shape.out_channels * layout.quads * layout.taps * 4
-        return weights > L2_BYTES or layout.vectors <= 2 * self.block.vectors
+    schedule: ConvSchedule
+    output: Output
 
     @property
-    def _table(self) -> bool:
-        """Whether words of the taps come from a table: several phases would be as many loops."""
-        return len(self.layout.classes) > 1
+    def _skip(self) -> bool:
+        """Whether taps outside the image are left out."""
+        return not self.flow.source.signed
 
-    def _tabulate(self) -> None:
-        """Fill the table of the words from an output pixel to each tap."""
-        if not self._table:
+    @property
+    def _runs(self) -> tuple[Run, ...]:
+        skip = self._skip and self.depth.columns == self.flow.shape.kernel[1]
+        return runs(self.flow.shape, self.schedule.pixels, skip=skip)
+
+    def write(self) -> None:
+        """The body of the function."""
+        e, s = self.e, self.flow.shape
+        self.output.prepare()
+        rows, vectors = s.out_size[0], self.schedule.vectors
+        groups = ceil_div(s.out_channels, LANES)
+        blocks = ceil_div(groups, vectors)
+        macs = s.batch * s.out_channels * rows * s.out_size[1] * self.depth.packed * WORD
+        threads = macs >= PARALLEL_MACS
+        if self.schedule.outer == "rows":
+            with e.parallel("t", s.batch * rows, threads) as t:
+                b, r = e.let("b", f"{t} // {rows}"), e.let("r", f"{t} % {rows}")
+                with e.loop("n", groups // vectors) as n:
+                    self._row(b, r, f"{n} * {vectors}", vectors)
+                if groups % vectors:
+                    self._row(b, r, str(groups // vectors * vectors), groups % vectors)
             return
+        with e.parallel("t", blocks, threads) as n:
+            for count, last in ((vectors, False), (groups % vectors, True)):
+                if not (count and (last or groups >= vectors)):
+                    continue
+                with ExitStack() as stack:
+                    if groups % vectors and groups >= vectors:
+                        test = f"if {n} < {groups // vectors}:"
+                        stack.enter_context(e.block("else:" if last else test))
+                    with e.loop("b", s.batch) as b, e.loop("r", rows) as r:
+                        self._row(b, r, f"{n} * {vectors}", count)
+
+    def _row(self, b: str, r: str, group: str, vectors: int) -> None:
+        """One row of output pixels by some vectors of channels."""
         e = self.e
-        e(f'offset = T.alloc_buffer(({self.layout.taps},), "int32")')
-        for taps in self.layout.classes:
-            with e.loop("i", taps.count[0]) as i, e.loop("j", taps.count[1]) as j:
-                line = f"{taps.start} + {i} * {taps.step[0]} + {j} * {taps.step[1]}"
-                e(f"offset[{taps.first} + {i} * {taps.count[1]} + {j}] = {line}")
+        for run in self._runs:
+            with e.loop("c", run.count) as c:
+                column = e.let("col", f"{run.first} + {c} * {run.width}")
+                self._run(b, r, column, group, vectors, run)
 
-    def _by_pixels(self) -> None:
-        e, layout, block = self.e, self.layout, self.block
-        whole = layout.pixels // LANES // block.vectors
-        rest = layout.vectors - whole * block.vectors
-        panels = whole + (rest > 0)
-        with e.parallel("t", layout.shape.batch * panels, self._threads()) as t:
-            self._tabulate()
-            b = e.let("b", f"{t} // {panels}")
-            g = e.let("g", f"{t} % {panels}")
-            p = e.let("p", f"{g} * {block.vectors * LANES}")
-            with ExitStack() as stack:
-                if whole and rest:
-                    stack.enter_context(e.block(f"if {g} < {whole}:"))
-                if whole:
-                    self._rows(b, panel_at(e, layout, p, block.vectors, last=False), p)
-            with ExitStack() as stack:
-                if whole and rest:
-                    stack.enter_context(e.block("else:"))
-                if rest:
-                    self._rows(b, panel_at(e, layout, p, rest, last=True), p)
-
-    def _rows(self, b: str, panel: Panel, p: str) -> None:
-        """All channel blocks for one panel."""
-        whole, rest = divmod(self.layout.shape.out_channels, self.block.rows)
-        if whole:
-            with self.e.loop("n", whole) as n:
-                self._body(b, n, self.block.rows, panel, p)
-        if rest:
-            self._body(b, str(whole), rest, panel, p)
-
-    def _by_channels(self) -> None:
-        e, s = self.e, self.layout.shape
-        whole, rest = divmod(s.out_channels, self.block.rows)
-        blocks = whole + (rest > 0)
-        with e.parallel("t", s.batch * blocks, self._threads()) as t:
-            self._tabulate()
-            b = e.let("b", f"{t} // {blocks}")
-            n = e.let("n", f"{t} % {blocks}")
-            with ExitStack() as stack:
-                if whole and rest:
-                    stack.enter_context(e.block(f"if {n} < {whole}:"))
-                if whole:
-                    self._panels(b, n, self.block.rows)
-            with ExitStack() as stack:
-                if whole and rest:
-                    stack.enter_context(e.block("else:"))
-                if rest:
-                    self._panels(b, n, rest)
-
-    def _panels(self, b: str, n: str, rows: int) -> None:
-        """All panels for one channel block."""
-        e, layout, vectors = self.e, self.layout, self.block.vectors
-        whole = layout.pixels // LANES // vectors
-        rest = layout.vectors - whole * vectors
-        if whole:
-            with e.loop("g", whole) as g:
-                p = e.let("p", f"{g} * {vectors * LANES}")
-                self._body(b, n, rows, panel_at(e, layout, p, vectors, last=False), p)
-        if rest:
-            p = str(whole * vectors * LANES)
-            self._body(b, n, rows, panel_at(e, layout, p, rest, last=True), p)
-
-    def _body(self, b: str, n: str, rows: int, panel: Panel, p: str) -> None:
-        """One register block: products, then store."""
-        e, layout, s = self.e, self.layout, self.layout.shape
-        out_max, in_max = self.channels_max
-        count = len(panel.start)
-        first = (ceil_div(s.in_channels, RANK_STEP) - 1) * out_max
-        acc = [[e.alloc("acc", (LANES,), "int32") for _ in range(count)] for _ in range(rows)]
-        for i in range(rows):
-            start = e.let("start", splat(f"start[{first} + {n} * {self.block.rows} + {i}]"))
-            for j in range(count):
-                e(f"{acc[i][j]}[{lanes(0)}] = {start}")
-        with e.loop("q", layout.quads) as q:
-            word = f"{b} * {layout.image_words} + {q} * {layout.quad_words} + {p}"
-            tap = f"({n} * {layout.quads_of(in_max)} + {q}) * {layout.taps}"
-            if self._table:
-                with e.loop("t", layout.taps) as t:
-                    self._multiply(f"{word} + offset[{t}]", f"{tap} + {t}", acc)
-            else:
-                (taps,) = layout.classes
-                with e.loop("i", taps.count[0]) as ki, e.loop("j", taps.count[1]) as kj:
-                    at = f"{word} + {taps.start} + {ki} * {taps.step[0]} + {kj} * {taps.step[1]}"
-                    self._multiply(at, f"{tap} + {ki} * {taps.count[1]} + {kj}", acc)
-        if set(self.steps) <= {"relu", "add"}:
-            for i, row in enumerate(acc):
-                values = [f"{name}[{lanes(0)}]" for name in row]
-                self._finish(b, f"{n} * {self.block.rows} + {i}", panel, values)
-            return
-        # long epilogues are written once, not for every accumulator
-        staged = e.alloc("staged", (rows * count * LANES,), "int32")
-        for i, row in enumerate(acc):
-            for j, name in enumerate(row):
-                e(f"{staged}[{lanes((i * count + j) * LANES)}] = {name}[{lanes(0)}]")
-        with e.loop("i", rows) as r:
-            indices = [lanes(f"({r} * {count} + {j}) * {LANES}") for j in range(count)]
-            values = [f"{staged}[{index}]" for index in indices]
-            self._finish(b, f"{n} * {self.block.rows} + {r}", panel, values)
-
-    def _finish(self, b: str, channel: str, panel: Panel, values: list[str]) -> None:
-        """Dequantize and store the accumulators of one channel."""
-        e = self.e
-        if self.raw:
-            for j, value in enumerate(values):
-                panel.store(f"y[{b}, {channel}, 0, ", j, value, "int32")
-            return
-        scale = e.let("s", splat(f"(scales[{b}] * wscale[{channel}])"))
-        bias = e.let("h", splat(f"bias[{channel}]"))
-        for j, value in enumerate(values):
-            panel.finish(j, f"{b}, {channel}", value, scale, bias, self.steps)
-
-    def _multiply(self, word: str, tap: str, acc: list[list[str]]) -> None:
-        """Add the products of one quad of one tap."""
-        e = self.e
-        at = e.let("at", word)
-        weight = e.let("w", f"({tap}) * {self.block.rows}")
-        pixels = [
-            e.let("a", f'T.reinterpret(codes[{lanes(f"{at} + {LANES * v}")}], dtype="int8x64")')
-            for v in range(len(acc[0]))
+    def _run(self, b: str, r: str, column: str, group: str, vectors: int, run: Run) -> None:
+        """One run: products, then store."""
+        e, s = self.e, self.flow.shape
+        grid = Grid(self.flow.source)
+        acc = [
+            [e.alloc("acc", (LANES,), "int32") for _ in range(run.width)] for _ in range(vectors)
         ]
-        for u, row in enumerate(acc):
-            line = splat(f"weight[{weight} + {u}]")
-            weights = e.let("k", f'T.reinterpret({line}, dtype="int8x64")')
-            for pixel, name in zip(pixels, row, strict=True):
-                e(
-                    f'{name}[{lanes(0)}] = T.call_llvm_pure_intrin("int32x16", '
-                    f'"llvm.x86.avx512.vpdpbusd.512", {name}[{lanes(0)}], {pixel}, {weights})'
-                )
+        here = lanes(0)
+        for v, names in enumerate(acc):
+            value = i32(0)
+            if self.flow.source.signed:
+                out_max = ceil_div(self.channels_max[0], LANES) * LANES
+                line = (ceil_div(s.in_channels, RANK_STEP) - 1) * out_max
+                value = e.let("start", f"start[{lanes(f'{line} + ({group} + {v}) * {LANES}')}]")
+            for name in names:
+                e(f"{name}[{here}] = {value}")
+        top = e.let("top", f"{r} * {s.stride[0]} - {s.padding[0]}")
+        first, count = "0", str(s.kernel[0])
+        if self._skip and s.padding[0]:
+            down = s.dilation[0]
+            first = e.let("first", f"T.max(0, (0 - {top} + {down - 1}) // {down})")
+            last = f"T.min({s.kernel[0]}, ({s.in_size[0] - 1} - {top}) // {down} + 1)"
+            count = e.let("taps", f"{last} - {first}")
+        left = f"({column} * {s.stride[1]} - {s.padding[1]}) * {grid.depth}"
+        base = e.let("base", f"{b} * {grid.plane} + {grid.origin} + {left}")
+        with e.block(f"for i in range({count}):"):
+            tap = e.let("tap", f"{first} + i")
+            start = e.let("line", f"{base} + ({top} + {tap} * {s.dilation[0]}) * {grid.row}")
+            across = s.dilation[1] * grid.depth
+            if run.inner:
+                with e.loop("j", self.depth.columns) as j:
+                    self._tap(start, tap, j, across, group, acc, (0, run.width))
+            else:
+                for column_of, live in enumerate(run.live):
+                    if live[0] < live[1]:
+                        self._tap(start, tap, str(column_of), across, group, acc, live)
+        self.output.finish((b, r, column), group, [[f"{a}[{here}]" for a in row] for row in acc])
+
+    def _tap(
+        self,
+        line: str,
+        tap: str,
+        j: str,
+        across: int,
+        group: str,
+        acc: list[list[str]],
+        live: tuple[int, int],
+    ) -> None:
+        """Add the products of one tap, or of one kernel row where its taps are merged."""
+        e, depth = self.e, self.depth
+        step = self.flow.shape.stride[1] * Grid(self.flow.source).depth
+        word = e.let("word", f"({tap} * {depth.columns} + {j}) * {depth.most}")
+        at = e.let("at", f"{line} + {j} * {across}")
+        with e.loop("q", depth.words) as q:
+            weights = []
+            for v in range(len(acc)):
+                where = f"((({group}) + {v}) * {depth.packed} + {word} + {q}) * 64"
+                weights.append(e.let("w", f"weight[{lanes(where, 64)}]"))
+            for p in range(*live):
+                four = f"codes[{lanes(f'{at} + {q} * {WORD} + {p * step}', WORD)}]"
+                word_of = f'T.broadcast(T.reinterpret({four}, dtype="int32"), {LANES})'
+                pixel = e.let("a", f'T.reinterpret({word_of}, dtype="int8x64")')
+                for row, w in zip(acc, weights, strict=True):
+                    total = f"{row[p]}[{lanes(0)}]"
+                    e(
+                        f'{total} = T.call_llvm_pure_intrin("int32x16", '
+                        f'"llvm.x86.avx512.vpdpbusd.512", {total}, {pixel}, {w})'
+                    )
