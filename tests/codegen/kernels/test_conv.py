@@ -22,6 +22,7 @@ from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Kernel
 from t3c.core.codes import Matrix
 from t3c.core.errors import LoweringError
 from t3c.core.ops import activate, conv2d, quantize
+from tests.codegen.kernels.machine import llvm
 
 Array = NDArray[Any]
 FAMILIES: dict[str, tuple[AbstractConvKernels, str, frozenset[str]]] = {
@@ -118,8 +119,7 @@ def compiled(kernels: tuple[Kernel, ...], target: Any) -> Any:
 
 def host(name: str) -> Any:
     """The target on which a family's tests run."""
-    mcpu = FAMILIES[name][1]
-    return tvm.target.Target({"kind": "llvm", "mcpu": mcpu} if mcpu else {"kind": "llvm"})
+    return tvm.target.Target(llvm(FAMILIES[name][1]))
 
 
 def tensor(array: Array) -> Any:

@@ -26,6 +26,7 @@ from t3c.core import ops
 from t3c.core.codes import F32, Matrix, quantize_weight
 from t3c.core.errors import LoweringError
 from t3c.core.ops import EPILOGUE_STEPS
+from tests.codegen.kernels.machine import llvm
 
 Array = NDArray[Any]
 FAMILIES: dict[str, tuple[AbstractLinearKernels, str, frozenset[str]]] = {
@@ -77,7 +78,7 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @cache
 def compiled(kernel: Kernel, mcpu: str) -> Callable[..., tuple[Array, ...]]:
     """Parsing is slow: equal kernels are compiled once."""
-    return runner(kernel, make_target({"kind": "llvm", "mcpu": mcpu}))
+    return runner(kernel, make_target(llvm(mcpu)))
 
 
 class Bench:
