@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax as _relax
 from tvm.relax import expr_functor as _functor
 from tvm.relax.frontend import torch as _frontend
+from tvm.s_tir import meta_schedule as _meta_schedule
 from tvm.script import tirx as _script  # pyright: ignore[reportMissingModuleSource]
 from tvm.script.ir_builder import base as _base
 from tvm.tirx.script import builder as _builder
@@ -25,6 +26,7 @@ __all__ = [
     "compile_source",
     "from_exported_program",
     "make_target",
+    "meta_schedule",
     "parse_function",
     "relax",
     "runner",
@@ -38,6 +40,7 @@ tvm: Any = _tvm
 relax: Any = _relax
 script: Any = _script
 builder: Any = _builder
+meta_schedule: Any = _meta_schedule
 IRBuilder: Any = _base.IRBuilder
 from_exported_program: Any = _frontend.from_exported_program
 _PyExprMutator: Any = _functor.PyExprMutator

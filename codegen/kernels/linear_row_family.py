@@ -1,7 +1,6 @@
 """A linear kernel family that is one `Dot`: packing and kernels over lines of weights."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -23,10 +22,6 @@ from t3c.core.codes import F32, I8, Matrix
 
 class AbstractRowFamily(AbstractLinearKernels, Scheduled):
     """A family whose kernels all come from one `RowKernels`."""
-
-    def __init__(self, records: Mapping[str, Schedule] | None = None) -> None:
-        """Take tuned schedules (`Scheduled.records`); None: follow the rule everywhere."""
-        self.records = records or {}
 
     def schedules(self, op: Op) -> tuple[Schedule, ...]:
         """See `Scheduled.schedules`."""

@@ -14,7 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from t3c.core.errors import LoweringError
 
@@ -103,8 +103,14 @@ class Scheduled(ABC):
     """A kernel family with a search space."""
 
     name: ClassVar[str]
-    records: Mapping[str, Schedule]
-    """Key of an operator -> its tuned schedule."""
+
+    def __init__(self, records: Mapping[str, Schedule] | None = None) -> None:
+        """Take tuned schedules: key of an operator -> schedule; None: follow the rule."""
+        self.records = records or {}
+
+    def with_records(self, records: Mapping[str, Schedule]) -> Self:
+        """The same family with these records only."""
+        return type(self)(records)
 
     @abstractmethod
     def schedules(self, op: Op) -> tuple[Schedule, ...]:

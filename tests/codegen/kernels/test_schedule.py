@@ -18,9 +18,6 @@ class Tile(Schedule):
 class Family(Scheduled):
     name = "test"
 
-    def __init__(self, records: dict[str, Schedule]) -> None:
-        self.records = records
-
     def schedules(self, op: Op) -> tuple[Schedule, ...]:
         if op.kind != "dense":
             raise self.unknown(op)

@@ -1,0 +1,1 @@
+"""Search over the schedules of kernel families, and the records of what it found."""

@@ -1,0 +1,64 @@
+"""Ranks schedules that were not measured, by gradient-boosted trees over those that were."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xgboost
+from numpy.typing import NDArray
+
+from t3c.codegen.kernels.schedule import Op, Schedule
+
+LEAST = 24
+"""Measurements from which on the model is asked."""
+ROUNDS = 120
+SETTINGS = {
+    "max_depth": 5,
+    "eta": 0.15,
+    "subsample": 0.8,
+    "min_child_weight": 2,
+    "nthread": 1,
+    "seed": 0,
+    "verbosity": 0,
+}
+Sample = tuple[Op, Schedule, float]
+"""Operator, schedule, ratio to the rule."""
+
+
+def features(op: Op, schedule: Schedule) -> NDArray[np.float32]:
+    """Sizes, choices, and how well each choice divides each size."""
+    sizes = [value for _, value in op.sizes]
+    choices = schedule.record().values()
+    numbers = [value for value in choices if isinstance(value, int)]
+    words = [float(sum(value.encode()) % 97) for value in choices if isinstance(value, str)]
+    fit = [-(-size // n) * n / size for size in sizes for n in numbers if n > 0]
+    fit += [1.0] * (len(sizes) * len(numbers) - len(fit))
+    steps = [math.log2(op_) for op_ in map(float, sizes) if op_ > 0]
+    area = math.log2(max(1, math.prod(n for n in numbers if n > 0)))
+    epilogue = [float("gelu" in op.epilogue), float("add" in op.epilogue)]
+    return np.array([*steps, *numbers, *words, *fit, area, *epilogue], np.float32)
+
+
+@dataclass(slots=True)
+class Ranking:
+    """The model of one kind of operator of one family."""
+
+    _booster: Any = None
+
+    def fit(self, samples: Sequence[Sample]) -> None:
+        """Learn log ratios; nothing where there are too few."""
+        if len(samples) < LEAST:
+            return
+        x = np.stack([features(op, schedule) for op, schedule, _ in samples])
+        y = np.log(np.array([min(ratio, 4.0) for *_, ratio in samples], np.float32))
+        self._booster = xgboost.train(SETTINGS, xgboost.DMatrix(x, label=y), ROUNDS)
+
+    def order(self, op: Op, names: Sequence[str], choices: Mapping[str, Schedule]) -> list[str]:
+        """Names of schedules, the best guess first; none where nothing was learnt."""
+        if self._booster is None or not names:
+            return []
+        x = np.stack([features(op, choices[name]) for name in names])
+        predicted = self._booster.predict(xgboost.DMatrix(x))
+        return [names[i] for i in np.argsort(predicted, kind="stable")]
