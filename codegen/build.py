@@ -16,6 +16,7 @@ from t3c.codegen.families import families_of
 from t3c.codegen.finish import finish
 from t3c.codegen.generic import GenericBuilder
 from t3c.codegen.import_graph import import_program
+from t3c.codegen.kernels.schedule import Schedule
 from t3c.codegen.rules import schedule_module
 from t3c.codegen.tvm_api import relax, tvm
 from t3c.codegen.weights import WeightStore
@@ -78,6 +79,7 @@ def build(
     profiles: Mapping[str, Mapping[str, Format]],
     spec: TargetSpec,
     progress: Progress | None = None,
+    tuned: Mapping[str, Schedule] | None = None,
 ) -> Built:
     """Compile every profile of a chain into one library.
 
@@ -88,6 +90,7 @@ def build(
         profiles: Profile name -> (site name -> format), from the smallest to the largest.
         spec: The target.
         progress: Called with (what, done, total).
+        tuned: Key of an operator -> schedule (`families_of`).
 
     Raises:
         LoweringError: An operator, a format or a kernel does not fit the target.
@@ -98,7 +101,7 @@ def build(
     target = tvm_target(spec)
     skeleton = import_program(program, spec)
     say("schedule float operators", 1, steps)
-    store = WeightStore(sites, codes, families_of(spec))
+    store = WeightStore(sites, codes, families_of(spec, tuned))
     generic = spec.linear == "generic"  # sites are float operators too: schedule them afterwards
     if not generic:
         skeleton.module = _lower_floats(skeleton.module, spec, target)

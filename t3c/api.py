@@ -20,9 +20,14 @@ from torch.export import ExportedProgram
 from t3c import targets
 from t3c.certificate.observed import certify
 from t3c.codegen.build import Built, build, is_host
+from t3c.codegen.families import tuned_schedules
+from t3c.codegen.kernels.schedule import Schedule
 from t3c.codegen.tools import require
+from t3c.codegen.tune.network import operators, tune
+from t3c.codegen.tune.search import RECORDS
 from t3c.controller.plan import Plan, plan
 from t3c.core.artifact import Artifact, check_replaceable
+from t3c.core.codes import SiteCodes
 from t3c.core.errors import LoweringError, ParityError, PassError, TargetError
 from t3c.core.formats import Format
 from t3c.core.manifest import (
@@ -35,6 +40,7 @@ from t3c.core.manifest import (
     Where,
 )
 from t3c.core.profile import Profile, ProfileChain, Timing
+from t3c.core.sites import Site
 from t3c.core.structure import LEAF, Tree
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.linear import ElasticLinear
@@ -130,6 +136,8 @@ def lower(
     activations: str = "auto",
     plan_seconds: float | None = None,
     calls: int = 100,
+    tune_minutes: float = 0.0,
+    tune_folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Artifact:
@@ -152,6 +160,11 @@ def lower(
         plan_seconds: Time for calibration and damage table; None: the planner's default.
         calls: Most timed calls per profile where this machine can run the library, fewer where
             they take long; 0: none, and the profiles keep their predicted times.
+        tune_minutes: Time for measuring how the kernels of this network are best cut into loops; 0:
+            none, the package's records for this machine hold, and else the families' rules.
+        tune_folder: Where the search keeps what it found, and goes on when it is called again; with
+            no minutes its records are used as they are. None: a folder of the user's cache for a
+            search, else none.
         progress: Called with (what, done, total).
         say: Told every assumption, a line each; None: standard error.
 
@@ -160,7 +173,8 @@ def lower(
 
     Raises:
         ArtifactError: `out` exists and is no artifact.
-        TargetError: Unknown target (the known ones are listed), or tools are missing.
+        TargetError: Unknown target (the known ones are listed), tools are missing, or kernels shall
+            be tuned for another machine.
         LoweringError: The graph does not fit the target.
         ValueError: `activations` is none of the three.
         ParityError: A profile does not compute what its torch reference computes.
@@ -172,6 +186,11 @@ def lower(
     static = ACTIVATIONS[activations]
     spec = targets.get(target) if isinstance(target, str) else target
     require(spec)
+    if tune_minutes > 0 and not _runs_here(spec):
+        raise TargetError(
+            f"tune_minutes={tune_minutes:g}: kernels are timed, and this machine is no "
+            f"{spec.name!r}; lower there, or bring the folder of a search there as tune_folder"
+        )
     where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
     check_replaceable(where)  # before the work, not after it
     notes = _Notes(say)
@@ -205,7 +224,8 @@ def lower(
         progress=progress,
     )
     notes.add(*chosen.notes)
-    built = _build(elastic, chosen, spec, progress)
+    tuned = _tuned(elastic, chosen, spec, tune_minutes, tune_folder, notes, progress)
+    built = _build(elastic, chosen, spec, progress, tuned)
     chain = certify(elastic, chosen.chain, held, progress=progress)
     manifest = _manifest(elastic, chain, built, spec, batches)
     with tempfile.TemporaryDirectory() as scratch:
@@ -294,22 +314,66 @@ def _held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _build(
-    elastic: ElasticModel, chosen: Plan, spec: TargetSpec, progress: Progress | None
+    elastic: ElasticModel,
+    chosen: Plan,
+    spec: TargetSpec,
+    progress: Progress | None,
+    tuned: Mapping[str, Schedule],
 ) -> Built:
     """Compile every profile of the chain."""
+    return build(*_parts(elastic, chosen), spec, progress, tuned)
+
+
+def _parts(
+    elastic: ElasticModel, chosen: Plan
+) -> tuple[
+    ExportedProgram,
+    Mapping[str, Site],
+    Mapping[str, SiteCodes],
+    Mapping[str, Mapping[str, Format]],
+]:
+    """Graph, sites, integer weights and profiles, as the compiler takes them."""
     used: dict[str, set[Format]] = {site: set() for site in elastic.sites}
     for profile in chosen.chain:
         for site, fmt in profile.formats.items():
             used[site].add(fmt)
     graph = lowering_graph(elastic.graph)
-    return build(
+    return (
         torch.export.export(graph, elastic.example_inputs, strict=False),
         elastic.sites,
         {site: elastic.codes(site, formats) for site, formats in used.items()},
         {p.name: p.formats for p in chosen.chain},
-        spec,
-        progress,
     )
+
+
+def _tuned(
+    elastic: ElasticModel,
+    chosen: Plan,
+    spec: TargetSpec,
+    minutes: float,
+    folder: str | os.PathLike[str] | None,
+    notes: _Notes,
+    progress: Progress | None,
+) -> Mapping[str, Schedule]:
+    """Schedules that were tuned for this network; none where nobody asked for them."""
+    if minutes <= 0:
+        if folder is None:
+            return {}
+        schedules, skipped = tuned_schedules(spec, Path(folder) / RECORDS)
+        notes.add(*skipped)
+        return schedules
+    ops = operators(*_parts(elastic, chosen), spec)
+    if not ops:
+        notes.add(f"nothing to tune: the kernels of {spec.name!r} have no choices")
+        return {}
+    where = Path(folder) if folder is not None else _cache() / "tune" / spec.linear
+    return tune(ops, spec, where, minutes, progress or (lambda *_: None), notes.add)
+
+
+def _cache() -> Path:
+    """The user's cache folder of T3C."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "t3c"
 
 
 def _manifest(

@@ -149,6 +149,18 @@ def lower(
         Literal["auto", "static", "dynamic"],
         typer.Option(help="How convolutions round inputs: fixed grids, or each image's range."),
     ] = "auto",
+    tune_minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Time for finding better schedules of the kernels on this machine."
+        ),
+    ] = 0.0,
+    tune_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where a search keeps its trials and goes on; no minutes: its records are used."
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -171,6 +183,8 @@ def lower(
                 include=include or ("*",),
                 exclude=exclude or (),
                 activations=activations,
+                tune_minutes=tune_minutes,
+                tune_folder=tune_folder,
                 progress=progress,
                 say=console.remark,
             )
