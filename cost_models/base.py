@@ -19,11 +19,13 @@ class Row:
         site: The layer and its shape.
         format: How it is stored and computed.
         threads: Threads that the kernels use.
+        codes: Whether a convolution reads and writes int8 codes on fixed grids.
     """
 
     site: Site
     format: Format
     threads: int = 1
+    codes: bool = False
 
     def __post_init__(self) -> None:
         """Refuse fewer than one thread."""

@@ -115,6 +115,9 @@ Counts = NDArray[np.float64]
 def _counts(row: Row, tile: tuple[int, int, int]) -> Counts:
     """Work of one row; threads share all of it but calls and weight bytes."""
     counts = _work(row.site, row.format, tile)
+    if row.codes and isinstance(row.site, ConvSite):
+        counts[1] = 0  # the convolution before has quantized already
+        counts[3] /= 4  # a byte is stored in place of a float
     counts[[1, 2, 3, 5]] /= row.threads
     return counts
 

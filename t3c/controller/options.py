@@ -87,6 +87,7 @@ def gate(
     threads: int = 1,
     shares: Sequence[float] | None = SHARES,
     cp: Mapping[str, int] | None = None,
+    codes: bool = False,
 ) -> tuple[GateDecision, ...]:
     """Every format of every site, with its predicted time; kept where it is faster than dense.
 
@@ -99,11 +100,12 @@ def gate(
         threads: Threads of one call.
         shares: Shares of full rank; None: every step.
         cp: Site name -> largest CP rank, for convolutions that become CP; None: none do.
+        codes: Whether int8 codes flow between convolutions.
     """
     decisions: list[GateDecision] = []
     for name, site in sites.items():
         menu = formats(site, step, shares, cp=(cp or {}).get(name, 0))
-        times = model.predict([Row(site, fmt, threads) for fmt in menu])
+        times = model.predict([Row(site, fmt, threads, codes) for fmt in menu])
         for fmt, seconds in zip(menu, times, strict=True):
             kept = isinstance(fmt, Dense) or seconds < times[0]
             decisions.append(GateDecision(name, fmt, seconds, times[0], kept))

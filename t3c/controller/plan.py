@@ -93,7 +93,7 @@ def plan(
     static = _static(spec, static) and bool(elastic.snaps)
     fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     predict = cost_model(spec) if model is None else model
-    decisions = menu_of(elastic, spec, predict, profiles, threads)
+    decisions = menu_of(elastic, spec, predict, profiles, threads, codes=static)
     menu: Menu = {
         name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
     }
@@ -172,15 +172,17 @@ def menu_of(
     model: AbstractCostModel,
     profiles: int,
     threads: int = 1,
+    *,
+    codes: bool = False,
 ) -> tuple[GateDecision, ...]:
     """The coarse menu, or every rank where the coarse one is too small for that many profiles."""
     cp = {n: (x.fit_ranks(CP) or (0,))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
     sites, step = elastic.sites, spec.rank_step
-    coarse = gate(sites, step, model, threads=threads, shares=SHARES, cp=cp)
+    coarse = gate(sites, step, model, threads=threads, shares=SHARES, cp=cp, codes=codes)
     smaller = sum(d.kept and not isinstance(d.format, Dense) for d in coarse)
     if smaller >= 3 * profiles:
         return coarse
-    return gate(sites, step, model, threads=threads, shares=None, cp=cp)
+    return gate(sites, step, model, threads=threads, shares=None, cp=cp, codes=codes)
 
 
 def largest(menu: Menu) -> dict[str, tuple[int, ...]]:

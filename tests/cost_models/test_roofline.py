@@ -135,3 +135,11 @@ def test_other_and_newer_files_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**document, "model": "xgboost"}))
     with pytest.raises(T3CError, match="'xgboost' cost model"):
         RooflineModel.load(path)
+
+
+def test_codes_make_convolutions_cheaper_and_linear_layers_not() -> None:
+    conv = ConvSite("c", 64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, (28, 28), (28, 28), True)
+    linear = LinearSite("l", 64, 64, 197, True)
+    for site, cheaper in ((conv, True), (linear, False)):
+        floats, codes = cost_model(AMX).predict([Row(site, Dense(8)), Row(site, Dense(8), 1, True)])
+        assert (codes < floats) is cheaper
