@@ -5,7 +5,7 @@ Python. Values that are used twice are bound by `let` (``v: T.let = ...``) and s
 scratch buffers in an epilogue may be kept in memory.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import final
 
@@ -269,9 +269,26 @@ def gelu(e: Emitter, x: str) -> str:
     return e.let("g", f"{half} + {half} * {erf}")
 
 
-def activate(e: Emitter, steps: Sequence[str], value: str, residual: str | None = None) -> str:
-    """Apply epilogue steps to the named vector `value`; `residual` is a vector expression."""
+def activate(
+    e: Emitter,
+    steps: Sequence[str],
+    value: str,
+    residual: str | None = None,
+    look_up: Mapping[str, Callable[[Emitter, str], str]] | None = None,
+) -> str:
+    """Apply epilogue steps to the named vector `value`.
+
+    Args:
+        e: Emitter.
+        steps: Of `EPILOGUE_STEPS`.
+        value: Name of a vector.
+        residual: Vector expression; None: no step adds one.
+        look_up: Step -> what emits it instead of the portable code; None: nothing does.
+    """
     for step in steps:
+        if look_up and step in look_up:
+            value = look_up[step](e, value)
+            continue
         match step:
             case "relu":
                 value = e.let("v", f"T.max({value}, {f32(0.0)})")

@@ -244,7 +244,7 @@ class AmxLinear(AbstractLinearKernels):
         steps = epilogue_steps("" if raw else epilogue)
         e = Emitter()
         request(e)
-        finish = Finish("y", n, "scales", "scale", "bias", steps, raw)
+        finish = Finish("y", n, "scales", "scale", "bias", steps, raw, tables=True)
         Product("codes", "weight", False, (m, n, k), finish, True).emit(e)
         name = kernel_name(
             "linear_x86_amx_dense", f"m{m}", f"n{n}", f"k{k}", "raw" if raw else epilogue
@@ -294,7 +294,7 @@ class AmxLinear(AbstractLinearKernels):
         Product("codes", "low", False, (m, rank, k), thin, False).emit(e)
         threads = m * rank / QUANTIZED_US > WORTH_US
         emit_quantize(e, LAYOUT, middle, codes, scales, (m, rank), pad_rows=False, threads=threads)
-        wide = Finish("y", n, scales, "high_scale", "bias", steps)
+        wide = Finish("y", n, scales, "high_scale", "bias", steps, tables=True)
         Product(codes, "high", True, (m, n, rank), wide, True).emit(e)
         name = kernel_name(
             "linear_x86_amx_low_rank", f"m{m}", f"n{n}", f"k{k}", f"r{rank}of{rank_max}", epilogue

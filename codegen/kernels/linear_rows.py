@@ -34,6 +34,10 @@ from t3c.codegen.kernels.schedule import Schedule
 
 BYTES_US = 2e4
 """Weight bytes read from memory in a microsecond on one thread."""
+CACHE_LINE = 64
+"""Bytes that a prefetch brings."""
+FETCH_BLOCKS = 4
+"""Row blocks from which on a weight panel is used often enough to fetch the next one meanwhile."""
 WORTH_US = 100.0
 """Work above which several threads help."""
 
@@ -94,6 +98,8 @@ class Dot(ABC):
     """Int32 lanes of an accumulator register."""
     registers: ClassVar[int] = 32
     """Vector registers of the processor."""
+    tables: ClassVar[bool] = False
+    """Whether activations are looked up (`tables.py`)."""
     macs_us: ClassVar[float]
     """Multiply-adds in a microsecond on one thread."""
     quantized_us: ClassVar[float]
@@ -142,12 +148,17 @@ class Product:
     finish: Finish
     tile: RowTile
 
+    @property
+    def panels(self) -> int:
+        """Panels of the output."""
+        return ceil_div(self.size[1], PANEL)
+
     def emit(self, e: Emitter) -> None:
         """Emit the whole product."""
         m, n, k = self.size
         dot = self.dot
         threads = m * n * k / dot.macs_us > WORTH_US or n * k / BYTES_US > WORTH_US
-        panels = ceil_div(n, PANEL)
+        panels = self.panels
         width = self.tile.panels
         rest = {"": ""}
 
@@ -183,8 +194,10 @@ class Product:
         count = ceil_div(self.size[2], dot.depth)
         whole, short = divmod(count, dot.lines())
         if whole:
-            with e.loop("k", whole) as kb, e.loop("line", dot.lines()) as line:
-                self._line(e, accs, row, panel, kb, line)
+            with e.loop("k", whole) as kb:
+                self._fetch(e, row, height, panel, len(valid), kb)
+                with e.loop("line", dot.lines()) as line:
+                    self._line(e, accs, row, panel, kb, line)
         if short:
             with e.loop("line", short) as line:
                 self._line(e, accs, row, panel, str(whole), line)
@@ -205,6 +218,20 @@ class Product:
                     value = f"{whole_vector}[{lanes(0)}]"
                 line = f"{row} + {i}"
                 self.finish.write(e, rest, value, line, f"{panel} + {j}", hoisted[j], some)
+
+    def _fetch(self, e: Emitter, row: str, height: int, panel: str, count: int, kb: str) -> None:
+        """Ask for this row block's share of the next panels: they arrive while these are used."""
+        blocks = ceil_div(self.size[0], height)
+        if blocks < FETCH_BLOCKS:
+            return
+        lines = DEPTH * PANEL // CACHE_LINE  # of a panel in a depth block
+        each = ceil_div(count * lines, blocks)
+        for u in range(each):
+            at = f"({row} // {height} * {each} + {u})"
+            place = f"T.min({panel} + {count} + {at} // {lines}, {self.panels - 1})"
+            where = f"{kb}, {place}" if self.depth_first else f"{place}, {kb}"
+            line = f"{at} % {lines} * {CACHE_LINE // self.dot.line_bytes()}"
+            e.prefetch(f"{self.weights}[{where}, {line}, 0]", write=False, locality=2)
 
     def _finish_by_rows(
         self,
@@ -333,7 +360,7 @@ class RowKernels:
         """See `AbstractLinearKernels.dense`; `suffix` ends the name."""
         steps = epilogue_steps("" if raw else epilogue)
         e = Emitter()
-        finish = Finish("y", n, "scales", "scale", "bias", steps, raw)
+        finish = Finish("y", n, "scales", "scale", "bias", steps, raw, self.dot.tables)
         Product("codes", "weight", False, self.dot, (m, n, k), finish, tile).emit(e)
         sizes = (f"m{m}", f"n{n}", f"k{k}")
         end = "raw" if raw else epilogue
@@ -373,7 +400,7 @@ class RowKernels:
         Product("codes", "low", False, self.dot, (m, rank, k), thin, pair.low).emit(e)
         threads = m * rank / self.dot.quantized_us > WORTH_US
         emit_quantize(e, self.dot.layout, middle, codes, scales, (m, rank), threads=threads)
-        wide = Finish("y", n, scales, "high_scale", "bias", steps)
+        wide = Finish("y", n, scales, "high_scale", "bias", steps, tables=self.dot.tables)
         Product(codes, "high", True, self.dot, (m, n, rank), wide, pair.high).emit(e)
         sizes = (f"m{m}", f"n{n}", f"k{k}", f"r{rank}of{rank_max}")
         name = kernel_name("linear", self.prefix, "low_rank", *sizes, epilogue, suffix)

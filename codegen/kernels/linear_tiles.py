@@ -25,6 +25,7 @@ from t3c.codegen.kernels.emit import (
     splat,
     store,
 )
+from t3c.codegen.kernels.tables import LOOK_UP
 from t3c.core.codes import F32, I8
 from t3c.core.errors import LoweringError
 
@@ -251,6 +252,7 @@ class Finish:
         bias: Buffer of the bias; None: no bias.
         steps: Epilogue.
         raw: Store the int32 accumulators.
+        tables: Look activations up (AVX-512).
     """
 
     y: str
@@ -260,6 +262,7 @@ class Finish:
     bias: str | None
     steps: Sequence[str] = ()
     raw: bool = False
+    tables: bool = False
 
     @property
     def long(self) -> bool:
@@ -297,7 +300,8 @@ class Finish:
         value = f'T.cast({acc}, "float32x{LANES}") * {scale}'
         value = e.let("v", f"{value} + {hoisted[1]}" if self.bias else value)
         residual = load(e, rest, "residual", row, col, valid) if "add" in self.steps else None
-        store(e, rest, self.y, row, col, activate(e, self.steps, value, residual), valid)
+        value = activate(e, self.steps, value, residual, LOOK_UP if self.tables else None)
+        store(e, rest, self.y, row, col, value, valid)
 
 
 @dataclass(frozen=True, slots=True)

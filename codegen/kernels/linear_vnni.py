@@ -25,6 +25,7 @@ class VnniDot(Dot):
     wide: ClassVar[int] = 4
     alone: ClassVar[int] = 8
     part: ClassVar[int] = 16
+    tables: ClassVar[bool] = True
     macs_us: ClassVar[float] = 3.5e5
     quantized_us: ClassVar[float] = 6e3
 

@@ -21,6 +21,7 @@ from t3c.codegen.kernels.linear_avx2 import Avx2Linear
 from t3c.codegen.kernels.linear_portable import PortableLinear
 from t3c.codegen.kernels.linear_sdot import SdotLinear
 from t3c.codegen.kernels.linear_vnni import VnniLinear
+from t3c.codegen.kernels.tables import LOOK_UP
 from t3c.codegen.tvm_api import compile_source, make_target, parse_function, runner, tvm
 from t3c.core import ops
 from t3c.core.codes import F32, Matrix, quantize_weight
@@ -233,12 +234,13 @@ def test_threads_do_not_change_the_result(
     np.testing.assert_array_equal(y, expected.astype(np.int32))
 
 
-def vector_function(step: str, count: int) -> str:
+def vector_function(step: str, count: int, *, tables: bool = False) -> str:
     """Source of y = step(x) over `count` values."""
     e = Emitter()
     with e.loop("i", count // 16) as i:
         at = lanes(f"{i} * 16")
-        value = activate(e, (step,), e.let("v", f"x[{at}]"))
+        look_up = LOOK_UP if tables else None
+        value = activate(e, (step,), e.let("v", f"x[{at}]"), look_up=look_up)
         e(f"y[{at}] = {value}")
     return e.function("f", [buffer("x", (count,), "float32"), buffer("y", (count,), "float32")])
 
@@ -275,6 +277,23 @@ def test_activations_are_accurate(step: str, mcpu: str) -> None:
     # gelu: 1e-6 of erf times |x| / 2; the others: a few float32 roundings
     bound = 1e-6 * np.abs(x) / 2 + 2e-7 if step == "gelu" else 1e-6 * np.abs(expected) + 3e-7
     assert (error <= bound).all(), (x[error.argmax()], error.max())
+
+
+@pytest.mark.parametrize("step", LOOK_UP)
+def test_looked_up_activations_are_accurate(step: str) -> None:
+    if "avx512f" not in features():
+        pytest.skip("needs avx512f, not in /proc/cpuinfo")
+    edges = np.arange(17) * 5 / 16
+    x = np.concatenate([np.linspace(-12, 12, 9600), edges, -edges, [-1e9, 1e9], np.zeros(12)])
+    x = x.astype(np.float32)
+    target = make_target({"kind": "llvm", "mcpu": "icelake-server"})
+    function = compile_source("f", vector_function(step, len(x), tables=True), target)["f"]
+    y = tvm.runtime.tensor(np.zeros_like(x))
+    function(tvm.runtime.tensor(x), y)
+    expected = np.array([exact(step)(float(v)) for v in x])
+    assert np.abs(y.numpy() - expected).max() < 1e-5
+    function(tvm.runtime.tensor(np.full_like(x, np.nan)), y)
+    assert np.isnan(y.numpy()).all()
 
 
 def machine_code(kernel: Kernel, target: dict[str, object]) -> str:
