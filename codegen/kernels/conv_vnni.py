@@ -229,7 +229,7 @@ class VnniConv(AbstractConvKernels, Scheduled):
             "raw" if raw else "_".join(steps),
             self.suffix(op, schedule),
         )
-        return Kernel(name, e.function(name, params), output.outs())
+        return Kernel(name, e.function(name, params), output.outs(), op, schedule)
 
 
 @dataclass(frozen=True, slots=True)

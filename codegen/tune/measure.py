@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from t3c.codegen.tvm_api import tvm
 
-ACTIVATIONS = frozenset({"x", "codes", "scales", "residual", "y"})
+ACTIVATIONS = frozenset(
+    {"x", "codes", "scales", "residual", "y", "words", "range_in", "range_out", "range_residual"}
+)
 """Parameters that the kernel before or after has in cache; every other one is a weight."""
 COLD_BYTES = 48 << 20
 """Bytes of all weight sets of one operator: more than a core's share of the last cache."""
