@@ -45,8 +45,14 @@ class Residual(nn.Module):
         return self.head(z.mean((2, 3))), x
 
 
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["plain", "host"])
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Loops that anybody can check, and what this machine runs."""
+    if request.param == "host":
+        host = detect_host()
+        if not families.families_of(host).conv.static:
+            pytest.skip(f"{host.conv!r} has no static codes")
+        return host.conv
     monkeypatch.setitem(families.CONV, "plain", "tests.codegen.plain_conv:PlainConv")
     return "plain"
 
@@ -79,22 +85,22 @@ def check(manifest: Manifest) -> None:
     assert stored == sorted(stored)
 
 
-def test_libraries_agree_with_torch(plain: str, tmp_path: Path) -> None:
-    manifest = manifest_of(tmp_path, plain)
+def test_libraries_agree_with_torch(family: str, tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, family)
     check(manifest)
     used = {type(f) for c in manifest.profiles for f in c.profile.formats.values()}
     assert used >= {Dense, LowRank, Tucker2}
     assert any(name.startswith("grid/") for name in manifest.profiles[0].weights)
 
 
-def test_float_steps_of_cp(plain: str, tmp_path: Path) -> None:
-    manifest = manifest_of(tmp_path, plain, conv="cp")
+def test_float_steps_of_cp(family: str, tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, family, conv="cp")
     check(manifest)
     assert any(isinstance(f, CP) for f in manifest.profiles[0].profile.formats.values())
 
 
-def test_dynamic_on_request(plain: str, tmp_path: Path) -> None:
-    manifest = manifest_of(tmp_path, plain, activations="dynamic")
+def test_dynamic_on_request(family: str, tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, family, activations="dynamic")
     check(manifest)
     assert not any(name.startswith("grid/") for name in manifest.profiles[-1].weights)
 
