@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t3c.codegen.kernels.schedule import Op, Schedule
-from t3c.core.codes import F32, Matrix
+from t3c.core.codes import F32, Grouped, Matrix
 from t3c.core.errors import LoweringError
 
 if TYPE_CHECKING:
@@ -107,12 +107,39 @@ class Flow:
     floats: bool = False
 
 
+class AbstractGroupedKernels(ABC):
+    """Linear layers with 4-bit weights, over the codes that an int8 family's `quantize` makes."""
+
+    @abstractmethod
+    def pack_dense(self, w: Grouped, bias: F32) -> Packed:
+        """Weights of `dense`."""
+
+    @abstractmethod
+    def dense(self, m: int, n: int, k: int, epilogue: str = "", *, raw: bool = False) -> Kernel:
+        """(codes, scales, *pack_dense, [residual [m, n] f32]) -> y [m, n] f32.
+
+        With `raw` the output is the int32 accumulators of each group, [ceil(k / 64) * m, n].
+        """
+
+    @abstractmethod
+    def pack_low_rank(self, low: Grouped, high: Grouped, bias: F32) -> Packed:
+        """Weights of `low_rank` at the largest rank; every smaller rank reads a prefix."""
+
+    @abstractmethod
+    def low_rank(
+        self, m: int, n: int, k: int, rank: int, rank_max: int, epilogue: str = ""
+    ) -> Kernel:
+        """(codes, scales, *pack_low_rank at rank_max, [residual]) -> y [m, n] f32."""
+
+
 class AbstractLinearKernels(ABC):
     """Int8 linear layers of one ISA: quantize once per input, then dense or low-rank products."""
 
     name: ClassVar[str]
     rank_step: ClassVar[int]
     """Ranks must be multiples of this."""
+    grouped: ClassVar[AbstractGroupedKernels | None] = None
+    """Kernels of 4-bit weights over the same codes; None: there are none."""
 
     @abstractmethod
     def quantize(self, m: int, k: int) -> Kernel:

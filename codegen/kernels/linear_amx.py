@@ -18,7 +18,8 @@ from t3c.codegen.kernels.emit import (
     kernel_name,
     lanes,
 )
-from t3c.codegen.kernels.family import AbstractLinearKernels, Kernel, Packed
+from t3c.codegen.kernels.family import AbstractGroupedKernels, AbstractLinearKernels, Kernel, Packed
+from t3c.codegen.kernels.gemv_amx import AmxGroups
 from t3c.codegen.kernels.linear_rows import RowKernels
 from t3c.codegen.kernels.linear_tiles import (
     DEPTH,
@@ -205,6 +206,7 @@ class AmxLinear(AbstractLinearKernels):
 
     name: ClassVar[str] = "x86-amx"
     rank_step: ClassVar[int] = 32
+    grouped: ClassVar[AbstractGroupedKernels] = AmxGroups()
     _row: ClassVar[RowKernels] = RowKernels("x86_amx_row", VnniDot(offset=False))
 
     def quantize(self, m: int, k: int) -> Kernel:

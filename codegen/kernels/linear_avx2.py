@@ -6,6 +6,8 @@ weights are widened as they are loaded. (VPMADDUBSW would take bytes, but satura
 
 from typing import ClassVar, final
 
+from t3c.codegen.kernels.family import AbstractGroupedKernels
+from t3c.codegen.kernels.gemv_avx2 import Avx2Groups
 from t3c.codegen.kernels.linear_row_family import AbstractRowFamily
 from t3c.codegen.kernels.linear_rows import Dot, RowKernels
 from t3c.codegen.kernels.linear_tiles import CodeLayout
@@ -47,6 +49,7 @@ class Avx2Linear(AbstractRowFamily):
 
     name: ClassVar[str] = "x86-avx2"
     rank_step: ClassVar[int] = 16
+    grouped: ClassVar[AbstractGroupedKernels] = Avx2Groups()
     _rows: ClassVar[RowKernels] = RowKernels("x86_avx2", PairDot())
 
     @property

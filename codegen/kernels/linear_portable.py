@@ -19,7 +19,8 @@ from t3c.codegen.kernels.emit import (
     kernel_name,
     lanes,
 )
-from t3c.codegen.kernels.family import AbstractLinearKernels, Kernel, Packed
+from t3c.codegen.kernels.family import AbstractGroupedKernels, AbstractLinearKernels, Kernel, Packed
+from t3c.codegen.kernels.gemv_portable import PortableGroups
 from t3c.codegen.kernels.linear_tiles import (
     DEPTH,
     PANEL,
@@ -125,6 +126,7 @@ class PortableLinear(AbstractLinearKernels):
 
     name: ClassVar[str] = "portable"
     rank_step: ClassVar[int] = 16
+    grouped: ClassVar[AbstractGroupedKernels] = PortableGroups()
 
     def quantize(self, m: int, k: int) -> Kernel:
         """Codes [m][k padded to 64] int8 and scales [m]."""

@@ -19,6 +19,7 @@ from t3c.codegen.kernels.emit import (
     lanes,
 )
 from t3c.codegen.kernels.family import Kernel
+from t3c.codegen.kernels.gemv_depth import FEW, DepthProduct
 from t3c.codegen.kernels.linear_tiles import (
     CACHE,
     DEPTH,
@@ -401,7 +402,10 @@ class RowKernels:
         threads = m * rank / self.dot.quantized_us > WORTH_US
         emit_quantize(e, self.dot.layout, middle, codes, scales, (m, rank), threads=threads)
         wide = Finish("y", n, scales, "high_scale", "bias", steps, tables=self.dot.tables)
-        Product(codes, "high", True, self.dot, (m, n, rank), wide, pair.high).emit(e)
+        if m <= FEW:
+            DepthProduct(codes, "high", self.dot, (m, n, rank), wide).emit(e)
+        else:
+            Product(codes, "high", True, self.dot, (m, n, rank), wide, pair.high).emit(e)
         sizes = (f"m{m}", f"n{n}", f"k{k}", f"r{rank}of{rank_max}")
         name = kernel_name("linear", self.prefix, "low_rank", *sizes, epilogue, suffix)
         padded, padded_rank = ceil_div(n, PANEL), ceil_div(rank_max, PANEL)

@@ -2,6 +2,8 @@
 
 from typing import ClassVar, final
 
+from t3c.codegen.kernels.family import AbstractGroupedKernels
+from t3c.codegen.kernels.gemv_sdot import SdotGroups
 from t3c.codegen.kernels.linear_row_family import AbstractRowFamily
 from t3c.codegen.kernels.linear_rows import Dot, RowKernels
 from t3c.codegen.kernels.linear_tiles import CodeLayout
@@ -42,6 +44,7 @@ class SdotLinear(AbstractRowFamily):
 
     name: ClassVar[str] = "arm-sdot"
     rank_step: ClassVar[int] = 16
+    grouped: ClassVar[AbstractGroupedKernels] = SdotGroups()
     _rows: ClassVar[RowKernels] = RowKernels("arm_sdot", SdotDot())
 
     @property

@@ -9,6 +9,8 @@ from typing import ClassVar, final
 
 import numpy as np
 
+from t3c.codegen.kernels.family import AbstractGroupedKernels
+from t3c.codegen.kernels.gemv_vnni import VnniGroups
 from t3c.codegen.kernels.linear_row_family import AbstractRowFamily
 from t3c.codegen.kernels.linear_rows import Dot, RowKernels
 from t3c.codegen.kernels.linear_tiles import DEPTH, CodeLayout
@@ -54,6 +56,7 @@ class VnniLinear(AbstractRowFamily):
 
     name: ClassVar[str] = "x86-vnni"
     rank_step: ClassVar[int] = 16
+    grouped: ClassVar[AbstractGroupedKernels] = VnniGroups()
     _rows: ClassVar[RowKernels] = RowKernels("x86_vnni", VnniDot(offset=True))
 
     @property

@@ -6,6 +6,8 @@ Activation quantization is dynamic and symmetric: per row for a linear layer (on
 token), per image for a convolution. With a = max(max|x|, 1e-12), all in float32:
     scale = a * (1/127),   q = rint(x * (127 / a)),   rint to the nearest even integer.
 Output: y = acc * (scale_x * scale_w) + bias, then the epilogue steps in order.
+With 4-bit weights there is an accumulator for each group of 64 inputs:
+y = (sum over groups of acc_g * scale_w_g) * scale_x + bias, the sum in any order.
 """
 
 import math
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t3c.core.codes import F32, I8, Matrix
+from t3c.core.codes import F32, GROUP, I8, Grouped, Matrix
 
 EPILOGUE_STEPS = ("relu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "add")
 """Steps after bias, spelled in order and joined by commas: "gelu", "add", "add,relu".
@@ -68,16 +70,28 @@ def linear_accumulators(x: F32, w: Matrix) -> NDArray[np.int32]:
     return (q.astype(np.int64) @ w.q.astype(np.int64).T).astype(np.int32)
 
 
-def linear(x: F32, w: Matrix, bias: F32 | None = None) -> F32:
-    """One int8 product: x [rows, k] -> [rows, n]."""
+def group_accumulators(x: F32, w: Grouped) -> NDArray[np.int32]:
+    """Exact int32 products of quantized x [rows, k] and w.q [n, k]: [ceil(k / 64), rows, n]."""
+    q, _ = quantize(x, (1,))
+    starts = range(0, w.q.shape[1], GROUP)
+    parts = [(q[:, at : at + GROUP], w.q[:, at : at + GROUP]) for at in starts]
+    return np.stack([a.astype(np.int32) @ b.astype(np.int32).T for a, b in parts])
+
+
+def linear(x: F32, w: Matrix | Grouped, bias: F32 | None = None) -> F32:
+    """One product of int8 activations: x [rows, k] -> [rows, n]."""
     _, scale = quantize(x, (1,))
+    if isinstance(w, Grouped):
+        groups = group_accumulators(x, w).astype(np.float32)
+        total = np.einsum("grn,ng->rn", groups, w.scale)
+        return total * scale if bias is None else total * scale + bias
     sums = linear_accumulators(x, w).astype(np.float32)
     y: F32 = np.multiply(sums, np.multiply(scale, w.scale[None, :]))
     return y if bias is None else y + bias
 
 
-def low_rank(x: F32, low: Matrix, high: Matrix, bias: F32 | None = None) -> F32:
-    """Two thin int8 products of x [rows, k]; the middle is quantized per row again."""
+def low_rank(x: F32, low: Matrix | Grouped, high: Matrix | Grouped, bias: F32 | None = None) -> F32:
+    """Two thin products of x [rows, k]; the middle is quantized per row again."""
     return linear(linear(x, low), high, bias)
 
 

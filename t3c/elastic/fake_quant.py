@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from t3c.core import codes as core_codes
+from t3c.core.codes import GROUP
 from t3c.core.grid import Grid
 from t3c.core.ops import TINY
 
 SUM_MAX = 1 << 24
 """Integers up to here, and all smaller ones, are float32 numbers."""
 Codes = tuple[Tensor, Tensor]
-"""int8 codes [rows, ...] and float32 scales [rows]."""
+"""Int8 codes [rows, ...] and float32 scales [rows]; of 4-bit codes [rows, groups of 64]."""
 
 
 @torch.no_grad()
@@ -51,9 +53,17 @@ def quantize_weight(w: Tensor) -> Codes:
     return q.reshape(w.shape), scale
 
 
-def high_plane(q: Tensor) -> Tensor:
-    """The 4-bit codes inside 8-bit codes, on the 8-bit scale: 16 * round(q / 16), 15 levels."""
-    return (torch.round(q.float() / 16).clamp(-7, 7) * 16).to(torch.int8)
+@torch.no_grad()
+def quantize_groups(w: Tensor) -> Codes:
+    """4-bit codes [rows, cols] and scales [rows, groups] of t3c.core.codes.quantize_groups."""
+    made = core_codes.quantize_groups(w.detach().float().cpu().numpy())
+    return torch.from_numpy(made.q).to(w.device), torch.from_numpy(made.scale).to(w.device)
+
+
+def spread(w: Codes) -> Tensor:
+    """The float32 weights of 4-bit codes."""
+    q, scale = w
+    return q.float() * scale.repeat_interleave(GROUP, 1)[:, : q.shape[1]]
 
 
 _int_mm: Callable[[Tensor, Tensor], Tensor] = vars(torch)["_int_mm"]
@@ -145,11 +155,18 @@ def _canonical(a: Tensor) -> Tensor:
 
 @torch.no_grad()
 def linear(x: Tensor, w: Codes, bias: Tensor | None = None) -> Tensor:
-    """X [..., k] through one int8 product, one activation scale per row: [..., n]."""
+    """X [..., k] through one product, one activation scale per row: [..., n].
+
+    With 4-bit codes every product of a code by a code and its scale is a float32 number (8 + 4 + 8
+    bits), and so is every group's sum: only additions of groups round, as in the kernels.
+    """
     codes, w_scale = w
     rows = x.reshape(-1, x.shape[-1])
     q, scale = quantize(rows, (1,))
-    y = product(q, codes).float() * (scale * w_scale[None, :])
+    if w_scale.dim() == 2:
+        y = functional.linear(q.float(), spread(w)) * scale
+    else:
+        y = product(q, codes).float() * (scale * w_scale[None, :])
     y = y if bias is None else y + bias
     return y.reshape(*x.shape[:-1], len(codes))
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t3c.core.codes import Matrix, SiteCodes
+from t3c.core.codes import Grouped, Matrix, SiteCodes
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.grid import Grid
 from t3c.core.registry import resolve
-from t3c.core.sites import Site
+from t3c.core.sites import LinearSite, Site
 from t3c.elastic import fake_quant
 from t3c.elastic.factorize import FACTORIZATIONS
 from t3c.elastic.factorize.base import AbstractFactorizer
@@ -71,9 +71,14 @@ class ElasticLayer(nn.Module, ABC):
         """Refuse a format that this site cannot run.
 
         Raises:
-            ValueError: The kind does not fit the layer, or a rank is above the full one.
+            ValueError: The kind or the width does not fit the layer, or a rank is above the full
+                one.
         """
         self.site.elements(fmt)  # refuses convolution formats for linear sites and the reverse
+        if fmt.bits == 4 and not isinstance(self.site, LinearSite):
+            raise ValueError(
+                f"site {self.site.name!r} is a convolution; {fmt} has 4 bits, allowed are 8 and 32"
+            )
         most = self.most(fmt)
         over = [(r, m) for r, m in zip(fmt.ranks, most, strict=True) if r > m]
         if over and not isinstance(fmt, Dense):
@@ -176,7 +181,7 @@ class ElasticLayer(nn.Module, ABC):
         """Shape of every factor; None is a rank."""
 
     def set_codes(self, name: str, codes: Matrix) -> None:
-        """Use these integer codes for a factor or for ``weight`` in place of plain rounding."""
+        """Use these int8 codes for a factor or for ``weight`` in place of plain rounding."""
         value = self.weight if name == "weight" else self.factor(name)
         if codes.q.shape != tuple(value.shape):
             raise ValueError(
@@ -186,23 +191,24 @@ class ElasticLayer(nn.Module, ABC):
         self._rounded[name] = codes
 
     def codes_of(self, name: str, bits: int = 8) -> fake_quant.Codes:
-        """int8 codes and scales of a factor or of ``weight``, at the largest rank.
+        """Codes and scales of a factor or of ``weight``, at the largest rank.
 
-        Rounded per output row over all components, so that a smaller rank only slices. At 4 bits
-        the codes are the high plane of the 8-bit ones.
+        Rounded per output row over all components (8 bits) or in groups of 64 (4 bits), so that a
+        smaller rank only slices.
         """
         value = self.weight if name == "weight" else self.factor(name)
         stamp = (value.data_ptr(), value._version)
         cached = self._cache.get((name, bits))
-        if cached is not None and cached[0] == stamp and name not in self._rounded:
+        given = self._rounded.get(name) if bits == 8 else None
+        if cached is not None and cached[0] == stamp and given is None:
             return cached[1]
-        if name in self._rounded:
-            given = self._rounded[name]
+        if given is not None:
             q = torch.from_numpy(given.q).to(value.device)
-            scale = torch.from_numpy(given.scale).to(value.device)
+            codes = (q, torch.from_numpy(given.scale).to(value.device))
+        elif bits == 4:
+            codes = fake_quant.quantize_groups(value)
         else:
-            q, scale = fake_quant.quantize_weight(value)
-        codes = (fake_quant.high_plane(q) if bits == 4 else q, scale)
+            codes = fake_quant.quantize_weight(value)
         self._cache[name, bits] = (stamp, codes)
         return codes
 
@@ -217,14 +223,19 @@ class ElasticLayer(nn.Module, ABC):
         for fmt in used:
             self.check(fmt)
         found: dict[str, Any] = {}
-        if any(isinstance(f, Dense) for f in used):
+        if any(isinstance(f, Dense) and f.bits != 4 for f in used):
             found["dense"] = self._matrix("weight", None, None)
+        if Dense(4) in used:
+            found["dense4"] = self._groups("weight", None, None)
+        if thin := [f.rank for f in used if isinstance(f, LowRank) and f.bits == 4]:
+            found["low4"] = self._groups("low", max(thin), None)
+            found["high4"] = self._groups("high", None, max(thin))
         for kind, cut in (
             (LowRank, {"low": (1, 0), "high": (0, 1)}),
             (Tucker2, {"reduce": (1, 0), "core": (2, 1), "expand": (0, 2)}),
             (CP, {"cp_in": (1, 0), "cp_tall": (1, 0), "cp_wide": (1, 0), "cp_out": (0, 1)}),
         ):
-            mine = [f for f in used if isinstance(f, kind)]
+            mine = [f for f in used if isinstance(f, kind) and f.bits != 4]
             if not mine:
                 continue
             most = (None, *(int(max(f.ranks[i] for f in mine)) for i in (0, 1)))
@@ -242,3 +253,8 @@ class ElasticLayer(nn.Module, ABC):
         q, scale = self.codes_of(name)
         full = Matrix(q.cpu().numpy(), scale.cpu().numpy()).prefix(rows, cols)
         return Matrix(np.ascontiguousarray(full.q), np.ascontiguousarray(full.scale))
+
+    def _groups(self, name: str, rows: int | None, cols: int | None) -> Grouped:
+        q, scale = self.codes_of(name, 4)
+        full = Grouped(q.cpu().numpy(), scale.cpu().numpy()).prefix(rows, cols)
+        return Grouped(np.ascontiguousarray(full.q), np.ascontiguousarray(full.scale))

@@ -1,10 +1,12 @@
 """The elastic linear layer."""
 
+from math import ceil
 from typing import final
 
 from torch import Tensor
 from torch.nn import functional
 
+from t3c.core.codes import GROUP
 from t3c.core.formats import Dense, Format, LowRank
 from t3c.core.sites import LinearSite
 from t3c.elastic import fake_quant
@@ -51,5 +53,7 @@ class ElasticLinear(ElasticLayer):
         rank = int(fmt.ranks[0])
         low, low_scale = self.codes_of("low", fmt.bits)
         high, high_scale = self.codes_of("high", fmt.bits)
+        if fmt.bits == 4:
+            high_scale = high_scale[:, : ceil(rank / GROUP)]
         middle = fake_quant.linear(x, (low[:rank], low_scale[:rank]))
         return fake_quant.linear(middle, (high[:, :rank].contiguous(), high_scale), bias)

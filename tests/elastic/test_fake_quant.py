@@ -83,11 +83,19 @@ def test_accumulators_are_exact_on_either_path(
     assert torch.equal(got, want.float())
 
 
-def test_high_plane_keeps_fifteen_levels() -> None:
-    q = torch.arange(-127, 128, dtype=torch.int8)
-    high = fake_quant.high_plane(q)
-    assert sorted(set(high.tolist())) == [16 * i for i in range(-7, 8)]
-    assert int((high.int() - q.int()).abs().max()) <= 15
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 200), st.integers(1, 9), st.integers(0, 2**31))
+def test_four_bits_agree_with_the_contract(m: int, k: int, n: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, w, b = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
+    w[0] = 0
+    rounded = fake_quant.quantize_groups(w)
+    want = codes.quantize_groups(w.numpy())
+    assert np.array_equal(rounded[0].numpy(), want.q)
+    assert np.array_equal(rounded[1].numpy(), want.scale)
+    np.testing.assert_array_equal(fake_quant.spread(rounded).numpy(), want.dequantize())
+    y = fake_quant.linear(x, rounded, b).numpy()
+    np.testing.assert_allclose(y, ops.linear(x.numpy(), want, b.numpy()), rtol=2e-6, atol=2e-5)
 
 
 def test_gradients_pass_straight_through() -> None:

@@ -168,6 +168,7 @@ def test_training_reaches_weight_and_factors_through_the_integers() -> None:
     [
         (linear(4, 6), LowRank(5), "has rank 5, the largest is 4"),
         (linear(4, 6), Tucker2(1, 1), "is a convolution format"),
+        (conv((1, 1)), LowRank(1, 4), "has 4 bits, allowed are 8 and 32"),
         (conv((3, 3)), LowRank(2), "lowrank needs 1x1"),
         (conv((1, 1)), Tucker2(1, 1), "has a 1x1 window"),
         (conv((3, 3)), Tucker2(6, 1), "has rank 6, the largest is 5"),
