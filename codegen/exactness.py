@@ -13,7 +13,7 @@ from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import tvm
 from t3c.codegen.weights import ConvStep, Families, conv_steps
 from t3c.core import ops
-from t3c.core.codes import F32, Matrix, SiteCodes
+from t3c.core.codes import F32, Grouped, Matrix, SiteCodes
 from t3c.core.formats import Format, LowRank
 from t3c.core.grid import Grid
 from t3c.core.sites import ConvSite, LinearSite, Site
@@ -80,10 +80,13 @@ def _cases(
     site: Site, codes: SiteCodes, fmt: Format, families: Families, rng: np.random.Generator
 ) -> Iterator[_Case]:
     if isinstance(site, LinearSite):
-        if isinstance(fmt, LowRank) and codes.low is not None and codes.high is not None:
-            parts = [codes.low.prefix(rows=fmt.rank), codes.high.prefix(cols=fmt.rank)]
+        four = fmt.bits == 4
+        low, high = (codes.low4, codes.high4) if four else (codes.low, codes.high)
+        dense = codes.dense4 if four else codes.dense
+        if isinstance(fmt, LowRank) and low is not None and high is not None:
+            parts = [low.prefix(rows=fmt.rank), high.prefix(cols=fmt.rank)]
         else:
-            parts = [codes.dense] if codes.dense is not None else []
+            parts = [dense] if dense is not None else []
         for part in parts:
             yield _linear_case(site, part, families, rng)
     else:
@@ -93,21 +96,23 @@ def _cases(
 
 
 def _linear_case(
-    site: LinearSite, w: Matrix, families: Families, rng: np.random.Generator
+    site: LinearSite, w: Matrix | Grouped, families: Families, rng: np.random.Generator
 ) -> _Case:
     n, k = w.q.shape
     x = rng.standard_normal((site.rows, k), dtype=np.float32)
-    q, _ = ops.quantize(x, (1,))
-    exact = q.astype(np.float64) @ w.q.astype(np.float64).T  # integers below 2^53: exact
-    packed = families.linear.pack_dense(w, np.zeros(n, np.float32))
-    return _Case(
-        site.name,
-        families.linear.quantize(site.rows, k),
-        families.linear.dense(site.rows, n, k, raw=True),
-        x,
-        tuple(packed.values()),
-        exact.astype(np.int32),
-    )
+    bias = np.zeros(n, np.float32)
+    if isinstance(w, Grouped):
+        raw = families.grouped().dense(site.rows, n, k, raw=True)
+        packed = families.grouped().pack_dense(w, bias)
+        exact = ops.group_accumulators(x, w).reshape(-1, n)
+    else:
+        q, _ = ops.quantize(x, (1,))
+        raw = families.linear.dense(site.rows, n, k, raw=True)
+        packed = families.linear.pack_dense(w, bias)
+        # integers below 2^53: exact
+        exact = (q.astype(np.float64) @ w.q.astype(np.float64).T).astype(np.int32)
+    quantize = families.linear.quantize(site.rows, k)
+    return _Case(site.name, quantize, raw, x, tuple(packed.values()), exact)
 
 
 def _conv_case(

@@ -247,11 +247,12 @@ class Body:
         codes = self.quantize(args[0], family.quantize(m, site.k), (m, site.k))
         weights = [self.weight(n) for n in self.owner.store.names(site.name, fmt)]
         extra = [self.reshape(a, (m, site.n)) for a in args[1:]]
+        product = self.owner.store.families.grouped() if fmt.bits == 4 else family
         if isinstance(fmt, LowRank):
-            most = rank_max(site, self.owner.store.codes[site.name])
-            kernel = family.low_rank(m, site.n, site.k, fmt.rank, most, what.epilogue)
+            most = rank_max(site, self.owner.store.codes[site.name], fmt)
+            kernel = product.low_rank(m, site.n, site.k, fmt.rank, most, what.epilogue)
         else:
-            kernel = family.dense(m, site.n, site.k, what.epilogue)
+            kernel = product.dense(m, site.n, site.k, what.epilogue)
         y = self.call(kernel, [*codes, *weights, *extra])
         return self.reshape(y, what.out_shape)
 

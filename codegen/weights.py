@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from t3c.codegen.kernels.family import (
     AbstractConvKernels,
+    AbstractGroupedKernels,
     AbstractLinearKernels,
     ConvShape,
     Packed,
@@ -35,6 +36,18 @@ class Families:
     linear: AbstractLinearKernels
     conv: AbstractConvKernels
     lanes: int
+
+    def grouped(self) -> AbstractGroupedKernels:
+        """The linear kernels of 4-bit weights.
+
+        Raises:
+            LoweringError: The linear family has none.
+        """
+        if self.linear.grouped is None:
+            raise LoweringError(
+                f"linear family {self.linear.name!r} has no 4-bit kernels; use formats of 8 bits"
+            )
+        return self.linear.grouped
 
 
 def conv_shape(site: ConvSite) -> ConvShape:
@@ -262,6 +275,15 @@ class WeightStore:
                 (s.part, partial(_pack, s, conv, exact=exact)) for s in conv_steps(site, codes, fmt)
             ]
         match fmt:
+            case Dense(bits=4):
+                four, whole = self.families.grouped(), _need(codes.dense4, site, fmt)
+                return [("dense4", lambda: four.pack_dense(whole, codes.bias))]
+            case LowRank(bits=4):
+                four = self.families.grouped()
+                thin, wide = _need(codes.low4, site, fmt), _need(codes.high4, site, fmt)
+                if exact:
+                    thin, wide = thin.prefix(rows=fmt.rank), wide.prefix(cols=fmt.rank)
+                return [("factors4", lambda: four.pack_low_rank(thin, wide, codes.bias))]
             case Dense():
                 dense = _need(codes.dense, site, fmt)
                 return [("dense", lambda: linear.pack_dense(dense, codes.bias))]
@@ -295,8 +317,8 @@ def _pack(step: Step, conv: AbstractConvKernels, *, exact: bool) -> Packed:
     return conv.pack(codes, step.bias, step.shape)
 
 
-def rank_max(site: LinearSite, codes: SiteCodes) -> int:
-    """The rank for which a linear site's factors are packed."""
-    if codes.low is None:
-        raise LoweringError(f"site {site.name!r}: no low-rank factors were made")
-    return int(codes.low.q.shape[0])
+def rank_max(site: LinearSite, codes: SiteCodes, fmt: LowRank) -> int:
+    """The rank for which a linear site's factors of a width are packed."""
+    if fmt.bits == 4:
+        return len(_need(codes.low4, site, fmt).q)
+    return len(_need(codes.low, site, fmt).q)

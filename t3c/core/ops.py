@@ -83,8 +83,9 @@ def linear(x: F32, w: Matrix | Grouped, bias: F32 | None = None) -> F32:
     _, scale = quantize(x, (1,))
     if isinstance(w, Grouped):
         groups = group_accumulators(x, w).astype(np.float32)
-        total = np.einsum("grn,ng->rn", groups, w.scale)
-        return total * scale if bias is None else total * scale + bias
+        total: F32 = np.einsum("grn,ng->rn", groups, w.scale)
+        total = np.multiply(total, scale)
+        return total if bias is None else total + bias
     sums = linear_accumulators(x, w).astype(np.float32)
     y: F32 = np.multiply(sums, np.multiply(scale, w.scale[None, :]))
     return y if bias is None else y + bias

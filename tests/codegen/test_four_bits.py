@@ -1,0 +1,73 @@
+"""Profiles with 4-bit linear layers: built, equal to the reference, exact sums, fewer bytes."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from t3c import targets
+from t3c.api import elasticize
+from t3c.codegen.build import build
+from t3c.codegen.exactness import check_accumulators
+from t3c.codegen.tvm_api import relax, tvm
+from t3c.core.errors import LoweringError
+from t3c.core.formats import Dense, Format, LowRank
+from t3c.passes.pipeline import lowering_graph
+from t3c.targets.base import TargetSpec
+
+PROFILES: dict[str, dict[str, Format]] = {
+    "small": {"up": LowRank(64, 4), "down": LowRank(32, 4), "end": LowRank(32)},
+    "middle": {"up": LowRank(128, 4), "down": Dense(4), "end": LowRank(32)},
+    "max": {"up": Dense(), "down": Dense(), "end": Dense()},
+}
+
+
+class Net(nn.Module):
+    """Three linear layers, two of which share an input's codes with nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.end = nn.Linear(200, 320), nn.Linear(320, 200), nn.Linear(200, 72)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.end(nn.functional.gelu(self.down(self.up(x).relu())) + x))
+
+
+def host() -> TargetSpec:
+    spec = targets.detect_host()
+    return targets.get("x86-vnni") if spec.name == "x86-amx" else spec
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_four_bit_profiles_equal_their_reference(rows: int) -> None:
+    torch.manual_seed(0)
+    elastic = elasticize(Net(), (torch.randn(rows, 200),))
+    used = {site: {p[site] for p in PROFILES.values()} for site in elastic.sites}
+    codes = {site: elastic.codes(site, formats) for site, formats in used.items()}
+    graph = lowering_graph(elastic.graph)
+    program = torch.export.export(graph, elastic.example_inputs, strict=False)
+    built = build(program, elastic.sites, codes, PROFILES, host())
+    machine = relax.VirtualMachine(built.executable, tvm.cpu())
+    for name, formats in PROFILES.items():
+        made = built.profiles[name]
+        weights = tuple(tvm.runtime.tensor(built.tensors[t]) for t in made.weights)
+        x = tvm.runtime.tensor(elastic.example_inputs[0].numpy())
+        (y,) = machine[made.function](x, weights)
+        with elastic.using(formats), torch.inference_mode():
+            (want,) = elastic.graph(*elastic.example_inputs)
+        np.testing.assert_allclose(y.numpy(), want.numpy(), atol=1e-5)
+        checks = check_accumulators(elastic.sites, codes, formats, host())
+        assert all(check.wrong == 0 for check in checks)
+    sizes = [built.profiles[name].storage_bytes for name in PROFILES]
+    assert sizes[0] < sizes[1] < 0.6 * sizes[2]
+
+
+def test_a_family_without_four_bits_says_so() -> None:
+    elastic = elasticize(nn.Linear(64, 64), (torch.randn(1, 64),))
+    (site,) = elastic.sites
+    program = torch.export.export(
+        lowering_graph(elastic.graph), elastic.example_inputs, strict=False
+    )
+    codes = {site: elastic.codes(site, [Dense(4)])}
+    with pytest.raises(LoweringError, match="has no 4-bit kernels; use formats of 8 bits"):
+        build(program, elastic.sites, codes, {"max": {site: Dense(4)}}, targets.get("cuda"))
