@@ -1,7 +1,8 @@
 """The analytic cost model: a few constants per target, counted work, no training.
 
 t = calls + quantize x inputs + multiply-adds / rate + store x outputs + weight bytes / bandwidth,
-summed over the products of the format. Sizes round up to the tile of the target's kernels.
+summed over the products of the format. Sizes round up to the tile of the target's kernels; 4-bit
+weights have a rate of their own.
 Source: constants in benchmarks/roofline.md.
 """
 
@@ -15,6 +16,7 @@ from typing import Self, final
 import numpy as np
 from numpy.typing import NDArray
 
+from t3c.core.codes import GROUP
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.sites import ConvSite, LinearSite, Site
@@ -42,7 +44,7 @@ class RooflineModel(AbstractCostModel):
 
     def predict(self, rows: Sequence[Row]) -> list[float]:
         """Seconds of each row."""
-        return [float(_counts(row, self.constants.tile) @ self._seconds_each()) for row in rows]
+        return [float(_counts(row, self.constants) @ self._seconds_each()) for row in rows]
 
     def predict_rest(self, work: Work, threads: int = 1) -> float:
         """Seconds of what is not elastic: the slower of arithmetic and memory, plus the calls."""
@@ -64,7 +66,7 @@ class RooflineModel(AbstractCostModel):
                 f"got {len(rows)} rows and {len(times)} times; need one positive time for each, "
                 "at least 5"
             )
-        counts = np.stack([_counts(row, self.constants.tile)[:5] for row in rows])
+        counts = np.stack([_counts(row, self.constants)[:5] for row in rows])
         call, quantize, mac, store, byte = _non_negative(counts, times)
         tiny = 1e-18
         fitted = replace(
@@ -112,9 +114,19 @@ Counts = NDArray[np.float64]
 """(calls, elements quantized, int8 multiply-adds, elements stored, weight bytes, f32 ones)."""
 
 
-def _counts(row: Row, tile: tuple[int, int, int]) -> Counts:
-    """Work of one row; threads share all of it but calls and weight bytes."""
-    counts = _work(row.site, row.format, tile)
+def _counts(row: Row, constants: Roofline) -> Counts:
+    """Work of one row; threads share all of it but calls and weight bytes.
+
+    Multiply-adds with 4-bit weights count as the int8 ones that take as long.
+    """
+    if row.format.bits == 4:
+        if constants.int4_macs_s is None:
+            raise T3CError(f"no 4-bit kernels on this target; {row.format} has no predicted time")
+        counts = _work(row.site, row.format, (1, *constants.tile[1:]))
+        counts[2] *= constants.int8_macs_s / constants.int4_macs_s
+        counts[4] *= 0.5 + 2 / GROUP
+    else:
+        counts = _work(row.site, row.format, constants.tile)
     if row.codes and isinstance(row.site, ConvSite):
         counts[1] = 0  # the convolution before has quantized already
         counts[3] /= 4  # a byte is stored in place of a float

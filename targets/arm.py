@@ -25,6 +25,7 @@ DOTPROD = TargetSpec(
         store_s=8e-10,
         call_s=1.5e-5,
         tile=(1, 4, 4),
+        int4_macs_s=2.5e10,
     ),
     cross_compiler="aarch64-linux-gnu-g++",
     emulator="qemu-aarch64-static",
@@ -47,6 +48,7 @@ NEON = replace(
         store_s=1.5e-9,
         call_s=3e-5,
         tile=(1, 4, 1),
+        int4_macs_s=3e9,
     ),
 )
 """Every aarch64 processor (Raspberry Pi 4)."""

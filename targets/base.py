@@ -16,6 +16,8 @@ class Roofline:
         store_s: Seconds per output element dequantized and stored.
         call_s: Seconds per kernel call.
         tile: (rows, outputs, inputs) that the int8 kernels compute at once: sizes round up to it.
+        int4_macs_s: Sustained multiply-adds per second with 4-bit weights, whose kernels take every
+            row alone; None: the target has no such kernels.
     """
 
     int8_macs_s: float
@@ -25,6 +27,7 @@ class Roofline:
     store_s: float
     call_s: float
     tile: tuple[int, int, int] = (1, 1, 1)
+    int4_macs_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

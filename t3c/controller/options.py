@@ -9,6 +9,9 @@ from t3c.cost_models.base import AbstractCostModel, Row
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.125)
 """Shares of full rank on the coarse menu."""
+FOUR_BITS = 0.8
+"""A linear layer takes 4 bits for its smaller formats where dense int4 is predicted to need at most
+this share of dense int8's time: where weights are waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class GateDecision:
         site: Name of the site.
         format: The format.
         seconds: Its predicted time of one call.
-        dense_seconds: Predicted time of the dense int8 format.
+        dense_seconds: Predicted time of the fastest dense format.
         kept: Whether a profile may use it.
     """
 
@@ -35,7 +38,7 @@ class GateDecision:
         verdict = "faster" if self.kept else "not faster"
         return (
             f"{self.format} at {self.site}: {self.seconds * 1e6:.0f} us predicted, {verdict} than "
-            f"dense-int8 at {self.dense_seconds * 1e6:.0f} us"
+            f"dense at {self.dense_seconds * 1e6:.0f} us"
         )
 
 
@@ -54,7 +57,12 @@ def ranks(full: int, step: int, shares: Sequence[float] | None) -> list[int]:
 
 
 def formats(
-    site: Site, step: int, shares: Sequence[float] | None = SHARES, *, cp: int = 0
+    site: Site,
+    step: int,
+    shares: Sequence[float] | None = SHARES,
+    *,
+    cp: int = 0,
+    four: bool = False,
 ) -> list[Format]:
     """Formats of a site from dense down, each at most the one before in every rank.
 
@@ -65,9 +73,12 @@ def formats(
         step: The target's rank step.
         shares: Shares of full rank; None: every step.
         cp: Above 0 a k x k convolution becomes CP of less than this rank instead of Tucker-2.
+        four: Whether a linear layer below dense int8 has 4-bit weights.
     """
     menu: list[Format] = [Dense(8)]
     match site:
+        case LinearSite() if four:
+            menu += [Dense(4), *(LowRank(r, 4) for r in ranks(site.full_rank, step, shares))]
         case LinearSite():
             menu += [LowRank(rank) for rank in ranks(site.full_rank, step, shares)]
         case ConvSite() if site.pointwise:
@@ -88,6 +99,7 @@ def gate(
     shares: Sequence[float] | None = SHARES,
     cp: Mapping[str, int] | None = None,
     codes: bool = False,
+    four: bool = False,
 ) -> tuple[GateDecision, ...]:
     """Every format of every site, with its predicted time; kept where it is faster than dense.
 
@@ -101,15 +113,24 @@ def gate(
         shares: Shares of full rank; None: every step.
         cp: Site name -> largest CP rank, for convolutions that become CP; None: none do.
         codes: Whether int8 codes flow between convolutions.
+        four: Whether the target has kernels of 4-bit weights.
     """
     decisions: list[GateDecision] = []
     for name, site in sites.items():
-        menu = formats(site, step, shares, cp=(cp or {}).get(name, 0))
+        thin = four and isinstance(site, LinearSite) and _waits(site, model, threads)
+        menu = formats(site, step, shares, cp=(cp or {}).get(name, 0), four=thin)
         times = model.predict([Row(site, fmt, threads, codes) for fmt in menu])
+        dense = min(t for fmt, t in zip(menu, times, strict=True) if isinstance(fmt, Dense))
         for fmt, seconds in zip(menu, times, strict=True):
-            kept = isinstance(fmt, Dense) or seconds < times[0]
-            decisions.append(GateDecision(name, fmt, seconds, times[0], kept))
+            kept = isinstance(fmt, Dense) or seconds < dense
+            decisions.append(GateDecision(name, fmt, seconds, dense, kept))
     return tuple(decisions)
+
+
+def _waits(site: LinearSite, model: AbstractCostModel, threads: int) -> bool:
+    """Whether a layer waits for its weights so long that half of them save most of the time."""
+    eight, less = model.predict([Row(site, Dense(bits), threads) for bits in (8, 4)])
+    return less <= FOUR_BITS * eight
 
 
 def _tucker(site: ConvSite, step: int, shares: Sequence[float] | None) -> list[Format]:

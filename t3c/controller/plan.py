@@ -16,6 +16,7 @@ from t3c.controller.options import SHARES, GateDecision, gate
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import Suffix
 from t3c.controller.work import other_bytes, peak_bytes, rest_of
+from t3c.core.codes import GROUP
 from t3c.core.errors import TargetError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.profile import Label, Profile, ProfileChain, Timing
@@ -177,12 +178,12 @@ def menu_of(
 ) -> tuple[GateDecision, ...]:
     """The coarse menu, or every rank where the coarse one is too small for that many profiles."""
     cp = {n: (x.fit_ranks(CP) or (0,))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
-    sites, step = elastic.sites, spec.rank_step
-    coarse = gate(sites, step, model, threads=threads, shares=SHARES, cp=cp, codes=codes)
+    sites, step, four = elastic.sites, spec.rank_step, spec.roofline.int4_macs_s is not None
+    coarse = gate(sites, step, model, threads=threads, shares=SHARES, cp=cp, codes=codes, four=four)
     smaller = sum(d.kept and not isinstance(d.format, Dense) for d in coarse)
     if smaller >= 3 * profiles:
         return coarse
-    return gate(sites, step, model, threads=threads, shares=None, cp=cp, codes=codes)
+    return gate(sites, step, model, threads=threads, shares=None, cp=cp, codes=codes, four=four)
 
 
 def largest(menu: Menu) -> dict[str, tuple[int, ...]]:
@@ -203,8 +204,16 @@ def profile_names(count: int) -> list[str]:
 
 
 def storage_bytes(site: Site, fmt: Format) -> int:
-    """Estimated bytes of a site: codes, a float32 scale for each output row, the float32 bias."""
+    """Estimated bytes of a site: codes, a float32 scale for each output row, the float32 bias.
+
+    4-bit codes have a scale of two bytes for each row and group of 64 inputs instead.
+    """
     outputs = site.n if isinstance(site, LinearSite) else site.out_channels
+    if fmt.bits == 4 and isinstance(site, LinearSite):
+        groups = outputs * math.ceil(site.k / GROUP)
+        if isinstance(fmt, LowRank):
+            groups = fmt.rank * math.ceil(site.k / GROUP) + outputs * math.ceil(fmt.rank / GROUP)
+        return math.ceil(site.elements(fmt) / 2) + 2 * groups + 4 * outputs
     match fmt:
         case Dense():
             scales = outputs

@@ -25,7 +25,8 @@ class TargetConformance:
     def test_constants_are_positive(self, spec: TargetSpec) -> None:
         for field in fields(spec.roofline):
             value = getattr(spec.roofline, field.name)
-            assert all(v > 0 for v in (value if isinstance(value, tuple) else (value,)))
+            values = value if isinstance(value, tuple) else (value,)
+            assert all(v > 0 for v in values if v is not None)
 
     def test_names_are_kebab_case(self, spec: TargetSpec) -> None:
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", spec.name)

@@ -67,7 +67,7 @@ def test_the_gate_keeps_dense_and_what_is_faster_and_says_why() -> None:
     assert not verdict[LowRank(576)]
     slow = next(d for d in decisions if d.format == LowRank(576))
     assert slow.reason.startswith("lowrank-r576-int8 at q: ")
-    assert "not faster than dense-int8" in slow.reason
+    assert "not faster than dense at" in slow.reason
 
 
 @pytest.mark.parametrize("fine", [False, True])
@@ -76,3 +76,17 @@ def test_the_gate_never_keeps_a_slower_format(fine: bool) -> None:
     shares = None if fine else (0.75, 0.5, 0.25)
     for d in gate(sites, 16, cost_model(VNNI), shares=shares):
         assert d.kept == (isinstance(d.format, Dense) or d.seconds < d.dense_seconds)
+
+
+def test_layers_that_wait_for_weights_take_four_bits() -> None:
+    one, many = LinearSite("one", 4096, 4096, 1, True), LinearSite("many", 768, 768, 128, True)
+    for spec in (AMX, VNNI):
+        decisions = gate({"one": one, "many": many}, 64, cost_model(spec), four=True)
+        decode = [d for d in decisions if d.site == "one"]
+        assert [d.format for d in decode[:2]] == [Dense(8), Dense(4)]
+        assert all(d.format.bits == 4 for d in decode[1:])
+        assert all(at_most(b.format, a.format) for a, b in itertools.pairwise(decode))
+        assert decode[1].seconds < 0.7 * decode[0].seconds
+        assert all(d.seconds < decode[1].seconds for d in decode[2:] if d.kept)
+        assert all(d.format.bits == 8 for d in decisions if d.site == "many")
+    assert all(d.format.bits == 8 for d in gate({"one": one}, 64, cost_model(VNNI)))

@@ -15,6 +15,7 @@ from t3c.cost_models.base import AbstractCostModel, Row
 from t3c.cost_models.roofline import RooflineModel
 from t3c.targets.arm import DOTPROD
 from t3c.targets.base import TargetSpec
+from t3c.targets.cuda import SM80
 from t3c.targets.x86 import AMX, AVX2, VNNI
 from tests.conformance.cost_model import CostModelConformance
 
@@ -143,3 +144,15 @@ def test_codes_make_convolutions_cheaper_and_linear_layers_not() -> None:
     for site, cheaper in ((conv, True), (linear, False)):
         floats, codes = cost_model(AMX).predict([Row(site, Dense(8)), Row(site, Dense(8), 1, True)])
         assert (codes < floats) is cheaper
+
+
+def test_four_bits_halve_the_wait_for_weights_only() -> None:
+    one, many = LinearSite("one", 4096, 4096, 1, True), LinearSite("many", 768, 768, 197, True)
+    for spec in (AMX, VNNI, AVX2, DOTPROD):
+        model = cost_model(spec)
+        rows = [Row(site, fmt) for site in (one, many) for fmt in (Dense(8), Dense(4))]
+        waits, less, works, same = model.predict(rows)
+        assert 0.45 * waits < less < 0.8 * waits
+        assert same > 0.9 * works
+    with pytest.raises(T3CError, match="no 4-bit kernels on this target"):
+        cost_model(SM80).predict([Row(one, Dense(4))])
