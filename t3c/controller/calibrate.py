@@ -13,6 +13,7 @@ from torch import Tensor
 from t3c.controller.gradients import Seen, look
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import rows_of
+from t3c.core.codes import Grouped, Matrix
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Format, LowRank, Tucker2
 from t3c.core.registry import resolve
@@ -22,6 +23,7 @@ from t3c.elastic.factorize import FACTORIZATIONS
 from t3c.elastic.factorize.base import AbstractFactorizer, Factors, Ranks
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.model import ElasticModel
+from t3c.elastic.rounding import round_groups, round_rows
 
 Batch = tuple[Tensor, ...]
 SIDE_MAX = 4096
@@ -139,6 +141,40 @@ def factorize(
             elastic.set_factors(name, made)
     progress("factorizing", len(names), len(names))
     return tuple(n for n in (elastic.sites if most is None else most) if n not in moments)
+
+
+def round_weights(
+    elastic: ElasticModel,
+    moments: Mapping[str, Moment],
+    menu: Mapping[str, Sequence[Format]],
+    progress: Progress = silent,
+) -> None:
+    """Choose codes with error feedback for everything that linear layers may run on.
+
+    Args:
+        elastic: The model, with its factors.
+        moments: Site name -> moment; other sites keep plain rounding.
+        menu: Site name -> formats.
+        progress: Told after every site.
+    """
+    names = [n for n in menu if n in moments and isinstance(elastic.sites[n], LinearSite)]
+
+    def codes(name: str) -> list[tuple[str, Matrix | Grouped]]:
+        layer, moment = elastic.layers[name], moments[name].mean()
+        wanted = {("low" if isinstance(f, LowRank) else "weight", f.bits) for f in menu[name]}
+        made: list[tuple[str, Matrix | Grouped]] = []
+        for factor, bits in sorted(wanted):
+            value = layer.weight if factor == "weight" else layer.factor(factor)
+            if bits in (4, 8):
+                made.append((factor, (round_groups if bits == 4 else round_rows)(value, moment)))
+        return made
+
+    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        for done, (name, made) in enumerate(zip(names, pool.map(codes, names), strict=True)):
+            progress("rounding weights", done, len(names))
+            for factor, value in made:
+                elastic.layers[name].set_codes(factor, value)
+    progress("rounding weights", len(names), len(names))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t3c.codegen.families import families_of
 from t3c.controller import chain as search
-from t3c.controller.calibrate import collect, factorize, kind_of
+from t3c.controller.calibrate import collect, factorize, kind_of, round_weights
 from t3c.controller.damage import DamageTable, Menu, measure
 from t3c.controller.grids import fit_grids
 from t3c.controller.options import SHARES, GateDecision, gate
@@ -99,8 +99,10 @@ def plan(
         name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
     }
     most = largest(menu)
-    seen = collect(elastic, fit, sites=most, seconds=limit / 8, progress=progress)
+    wanted = {*most, *(n for n, site in elastic.sites.items() if isinstance(site, LinearSite))}
+    seen = collect(elastic, fit, sites=wanted, seconds=limit / 8, progress=progress)
     plain = factorize(elastic, seen, progress, most=most)
+    round_weights(elastic, seen, menu, progress)
     if static:
         elastic.set_grids(fit_grids(elastic, fit))
     left = limit - (time.monotonic() - start)
@@ -108,7 +110,8 @@ def plan(
     if held is not fit:
         unseen = collect(elastic, held, sites=seen, seconds=limit / 8, progress=progress)
         both = {name: moment + unseen[name] for name, moment in seen.items()}
-        factorize(elastic, both, progress, most={name: most[name] for name in both})
+        factorize(elastic, both, progress, most={n: most[n] for n in both if n in most})
+        round_weights(elastic, both, menu, progress)
         if static:
             elastic.set_grids(fit_grids(elastic, batches))
     options = {

@@ -55,7 +55,7 @@ class ElasticLayer(nn.Module, ABC):
             for name in names:
                 self.register_parameter(name, None)
         self._moment: Tensor | None = None
-        self._rounded: dict[str, Matrix] = {}
+        self._rounded: dict[tuple[str, int], Matrix | Grouped] = {}
         self._cache: dict[tuple[str, int], tuple[tuple[int, int], fake_quant.Codes]] = {}
 
     @property
@@ -148,7 +148,7 @@ class ElasticLayer(nn.Module, ABC):
         for names in _NAMES.values():
             for name in names:
                 setattr(self, name, None)
-                self._rounded.pop(name, None)
+                self._forget(name)
 
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Use these factors from now on.
@@ -174,21 +174,34 @@ class ElasticLayer(nn.Module, ABC):
         for name, value in factors.items():
             value = value.clone() if value.is_inference() else value
             setattr(self, name, nn.Parameter(value.detach().to(self.weight.device).float()))
-            self._rounded.pop(name, None)
+            self._forget(name)
 
     @abstractmethod
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:
         """Shape of every factor; None is a rank."""
 
-    def set_codes(self, name: str, codes: Matrix) -> None:
-        """Use these int8 codes for a factor or for ``weight`` in place of plain rounding."""
+    def _forget(self, name: str) -> None:
+        """Drop given codes of a factor that changes."""
+        for bits in (8, 4):
+            self._rounded.pop((name, bits), None)
+
+    def set_codes(self, name: str, codes: Matrix | Grouped) -> None:
+        """Use these codes for a factor or for ``weight`` in place of plain rounding.
+
+        Args:
+            name: The factor.
+            codes: Of 8 bits, or `Grouped` of 4; those of the other width stay as they are.
+
+        Raises:
+            ValueError: The shape does not fit.
+        """
         value = self.weight if name == "weight" else self.factor(name)
         if codes.q.shape != tuple(value.shape):
             raise ValueError(
                 f"site {self.site.name!r}: codes of {name} are {codes.q.shape}, need "
                 f"{tuple(value.shape)}"
             )
-        self._rounded[name] = codes
+        self._rounded[name, 4 if isinstance(codes, Grouped) else 8] = codes
 
     def codes_of(self, name: str, bits: int = 8) -> fake_quant.Codes:
         """Codes and scales of a factor or of ``weight``, at the largest rank.
@@ -199,7 +212,7 @@ class ElasticLayer(nn.Module, ABC):
         value = self.weight if name == "weight" else self.factor(name)
         stamp = (value.data_ptr(), value._version)
         cached = self._cache.get((name, bits))
-        given = self._rounded.get(name) if bits == 8 else None
+        given = self._rounded.get((name, bits))
         if cached is not None and cached[0] == stamp and given is None:
             return cached[1]
         if given is not None:

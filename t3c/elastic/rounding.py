@@ -88,7 +88,7 @@ def _blocks(weight: Tensor, moment: Tensor) -> Iterator[tuple[int, Tensor, _Feed
     cols = weight.shape[1]
     if moment.shape != (cols, cols):
         raise ValueError(
-            f"moment is {tuple(moment.shape)}; weights of {cols} columns need a square"
+            f"moment is {tuple(moment.shape)}; need [{cols}, {cols}] for these weights"
         )
     damped = moment.detach().double().clone()
     mean = float(damped.diagonal().mean()) if cols else 0.0

@@ -18,6 +18,7 @@ from t3c.controller.damage import (
 from t3c.controller.plan import Plan, plan, profile_names, storage_bytes
 from t3c.controller.suffix import Suffix, floats
 from t3c.core.budget import Budget, Selector
+from t3c.core.codes import Matrix, quantize_weight
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.profile import Label
@@ -177,9 +178,32 @@ def test_progress_is_told_every_step() -> None:
         seconds=1,
         progress=lambda what, done, total: seen.append((what, done, total)),
     )
-    steps = ["collecting statistics", "factorizing", "measuring layers", "measuring damage"]
+    steps = [
+        "collecting statistics",
+        "factorizing",
+        "rounding weights",
+        "measuring layers",
+        "measuring damage",
+    ]
     assert list(dict.fromkeys(what for what, _, _ in seen)) == steps
     assert all(0 <= done <= total for _, done, total in seen)
+
+
+def test_linear_layers_are_rounded_for_their_inputs() -> None:
+    model = mlp()
+    batches = more(model, 6)
+    plan(model, batches, STEEP, seconds=1)
+    name, layer = next(iter(model.layers.items()))
+    moment = collect(model, batches)[name].mean()
+    weight = layer.weight.detach()
+
+    def loss(made: Matrix) -> float:
+        off = weight - torch.from_numpy(made.dequantize())
+        return float(torch.einsum("ij,jk,ik->", off, moment, off))
+
+    dense = model.codes(name).dense
+    assert dense is not None
+    assert loss(dense) < loss(quantize_weight(weight.numpy()))
 
 
 # -- statistics -------------------------------------------------------------------------------

@@ -59,7 +59,5 @@ def test_inputs_that_were_never_seen() -> None:
 
 
 def test_a_moment_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"moment is \(3, 3\); need \[70, 70\]"
-    ):
+    with pytest.raises(ValueError, match=r"moment is \(3, 3\); need \[70, 70\]"):
         round_rows(torch.zeros(4, 70), torch.eye(3))
