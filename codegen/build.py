@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from t3c.codegen import cuda
+from t3c.codegen import cuda, machine_code
+from t3c.codegen.calls import Layout, Program, flatten, lay_out
+from t3c.codegen.entries import entry
 from t3c.codegen.expand import ProfileBuilder
 from t3c.codegen.families import families_of
-from t3c.codegen.finish import finish
 from t3c.codegen.generic import GenericBuilder
 from t3c.codegen.import_graph import import_program
 from t3c.codegen.kernels.schedule import Schedule
@@ -23,6 +24,7 @@ from t3c.codegen.weights import WeightStore
 from t3c.core.codes import SiteCodes
 from t3c.core.errors import LoweringError
 from t3c.core.formats import Format
+from t3c.core.probe import Probe, Tap, Trace
 from t3c.core.sites import Site
 from t3c.targets.base import TargetSpec
 
@@ -34,16 +36,19 @@ class BuiltProfile:
     """One function of the library.
 
     Attributes:
-        function: Its name in the library; ``probe_...`` is the same with taps.
+        function: Its name in the library.
         weights: Names of the tensors that it takes, in order.
         storage_bytes: Bytes of a weight file that served this profile alone, counted.
         activation_bytes: Bytes of the planned activation memory of one call.
+        arena_bytes: Bytes of the arena that it takes; None: a function of TVM's virtual machine,
+            which allocates.
     """
 
     function: str
     weights: tuple[str, ...]
     storage_bytes: int
     activation_bytes: int
+    arena_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +58,34 @@ class Built:
     Attributes:
         profiles: Profile name -> its function.
         tensors: Tensor name -> array: the weight file.
-        executable: TVM's executable; `save` links it.
         spec: The target.
-        taps: Site of each input that a probe function returns behind its outputs.
+        code: Object code of kernels and profiles, or a library that is linked already.
+        checks: Object code of probes and traces.
+        probes: Profile name -> its probe.
+        traces: Profile name -> its trace.
     """
 
     profiles: Mapping[str, BuiltProfile]
     tensors: Mapping[str, NDArray[np.generic]]
-    executable: Any
     spec: TargetSpec
-    taps: tuple[str, ...]
+    code: Any
+    checks: tuple[Any, ...] = ()
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    traces: Mapping[str, Trace] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
-        """Link the shared library."""
-        options: dict[str, Any] = {"options": ["-s"]}  # strip: a third of the file is symbols
-        if self.spec.cross_compiler and not is_host(self.spec):
-            options["fcompile"] = tvm.support.cc.cross_compiler(self.spec.cross_compiler)
-        self.executable.export_library(str(path), **options)
+    def save(self, path: Path, *, checks: bool = False) -> None:
+        """Link the shared library.
+
+        Args:
+            path: The file.
+            checks: With probes and traces; the kernels are the same machine code.
+        """
+        if isinstance(self.code, cuda.Linked):
+            path.write_bytes(self.code.content)
+            return
+        objects = [*self.code, *(self.checks if checks else ())]
+        compiler = None if is_host(self.spec) else self.spec.cross_compiler
+        machine_code.link(objects, path, compiler)
 
 
 def build(
@@ -110,9 +126,9 @@ def build(
     for i, (name, formats) in enumerate(profiles.items()):
         say(f"profile {name}", 2 + i, steps)
         weights[name] = writer.add(f"profile_{name}", formats)
-        writer.add(f"probe_{name}", formats, probe=True)
+        if spec.kind == "llvm":
+            writer.add(f"probe_{name}", formats, probe=True)
     say("generate machine code", 2 + len(profiles), steps)
-    planned: dict[str, int] = {}
     try:
         # LLVM finds common subexpressions itself; TVM's pass took 70 % of the compile time.
         with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
@@ -120,17 +136,29 @@ def build(
             if generic:
                 module = _lower_floats(module, spec, target)
             if spec.kind == "cuda":
-                executable: Any = cuda.compile_module(
-                    module, target, planned, None if is_host(spec) else spec.cross_compiler
-                )
+                built = _machine(module, target, store, weights, profiles, spec)
             else:
-                executable = relax.build(
-                    module, target=target, relax_pipeline=finish(planned, target)
-                )
+                taps = [call.site for call in skeleton.site_calls()]
+                built = _native(module, target, store, weights, profiles, spec, taps)
     except (RuntimeError, ValueError) as error:
         raise LoweringError(f"TVM cannot build the library for {spec.name!r}: {error}") from error
     say("done", steps, steps)
-    built = {
+    return built
+
+
+def _machine(
+    module: Any,
+    target: Any,
+    store: WeightStore,
+    weights: Mapping[str, tuple[str, ...]],
+    profiles: Mapping[str, Mapping[str, Format]],
+    spec: TargetSpec,
+) -> Built:
+    """Functions of TVM's virtual machine, which launches what runs on a device."""
+    planned: dict[str, int] = {}
+    compiler = None if is_host(spec) else spec.cross_compiler
+    code = cuda.compile_module(module, target, planned, compiler)
+    made = {
         name: BuiltProfile(
             function=f"profile_{name}",
             weights=weights[name],
@@ -139,8 +167,65 @@ def build(
         )
         for name, formats in profiles.items()
     }
-    taps = tuple(call.site for call in skeleton.site_calls())
-    return Built(built, store.tensors, executable, spec, taps)
+    return Built(made, store.tensors, spec, code)
+
+
+def _native(
+    module: Any,
+    target: Any,
+    store: WeightStore,
+    weights: Mapping[str, tuple[str, ...]],
+    profiles: Mapping[str, Mapping[str, Format]],
+    spec: TargetSpec,
+    sites: Sequence[str],
+) -> Built:
+    """Functions that call their kernels one after the other over one arena."""
+    with target:
+        module = tvm.transform.Sequential(
+            [
+                relax.transform.ToNonDataflow(),
+                relax.transform.RemovePurityChecking(),
+                relax.transform.CallTIRRewrite(),
+            ]
+        )(module)
+    made: dict[str, BuiltProfile] = {}
+    probes: dict[str, Probe] = {}
+    traces: dict[str, Trace] = {}
+    kernels: dict[str, Any] = {}
+    probing: dict[str, Any] = {}
+    texts: list[str] = []
+    checks: list[str] = []
+    for name, formats in profiles.items():
+        function, probe = module[f"profile_{name}"], module[f"probe_{name}"]
+        tapped = flatten(probe, weights[name], store.constant, taps=len(sites))
+        program = flatten(function, weights[name], store.constant, table=tapped.weights)
+        layout, wider = lay_out(program), lay_out(tapped, probe=True)
+        kernels |= {call.kernel: module[call.kernel] for call in program.calls}
+        probing |= {call.kernel: module[call.kernel] for call in tapped.calls}
+        texts.append(entry(f"profile_{name}", program, layout))
+        checks.append(entry(f"probe_{name}", tapped, wider))
+        checks.append(entry(f"trace_{name}", program, layout, trace=True))
+        probes[name] = _probe(f"probe_{name}", sites, tapped, wider)
+        traces[name] = Trace(f"trace_{name}", tuple(call.kernel for call in program.calls))
+        made[name] = BuiltProfile(
+            function=f"profile_{name}",
+            weights=program.weights,
+            storage_bytes=_storage(store, program.weights, formats),
+            activation_bytes=layout.arena_bytes + sum(v.buffer.bytes for v in program.outputs),
+            arena_bytes=layout.arena_bytes,
+        )
+    shipped = (machine_code.kernels(kernels, target), machine_code.entries(texts, target))
+    only = {name: f for name, f in probing.items() if name not in kernels}
+    called = [machine_code.entries(checks, target)]
+    called += [machine_code.kernels(only, target)] if only else []
+    return Built(made, store.tensors, spec, shipped, tuple(called), probes, traces)
+
+
+def _probe(function: str, sites: Sequence[str], program: Program, layout: Layout) -> Probe:
+    taps = zip(sites, program.taps, layout.taps, strict=True)
+    return Probe(
+        function, layout.arena_bytes, tuple(Tap(s, v.shape, v.dtype, at) for s, v, at in taps)
+    )
 
 
 def tvm_target(spec: TargetSpec) -> Any:

@@ -42,13 +42,9 @@ _STUB = 'extern "C" {\n%s\n}\n' % "\n".join(  # noqa: UP031
 
 @dataclass(frozen=True, slots=True)
 class Linked:
-    """A library that has been linked already; stands where TVM's executables stand."""
+    """The bytes of a library that has been linked already."""
 
     content: bytes
-
-    def export_library(self, path: str, **_: Any) -> None:
-        """Write it."""
-        Path(path).write_bytes(self.content)
 
 
 def schedule(module: Any, target: Any) -> Any:

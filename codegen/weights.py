@@ -112,7 +112,8 @@ class DepthwiseStep:
 
 
 Step = ConvStep | DepthwiseStep
-_ALIGNED = 16
+_LINE = 64
+_ALIGNED = _LINE // 4
 """Float32 elements in 64 bytes."""
 
 
@@ -248,6 +249,13 @@ class WeightStore:
         """Keep a parameter that no site owns (an embedding, a norm's gain)."""
         self.tensors.setdefault(name, value)
         return name
+
+    def constant(self, name: str, value: NDArray[np.generic]) -> str:
+        """Keep an array that the graph holds; a short one is padded, so that no load copies it."""
+        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        return self.parameter(
+            name, np.pad(flat, (0, -flat.size % _LINE)) if flat.size % _LINE else value
+        )
 
     def names(self, site: str, fmt: Format) -> tuple[str, ...]:
         """Tensors that `fmt` of `site` reads, in the order in which its kernels take them."""

@@ -39,6 +39,7 @@ from t3c.core.manifest import (
     TensorSpec,
     Where,
 )
+from t3c.core.probe import Probe
 from t3c.core.profile import Profile, ProfileChain, Timing
 from t3c.core.sites import Site
 from t3c.core.structure import LEAF, Tree
@@ -229,20 +230,21 @@ def lower(
     chain = certify(elastic, chosen.chain, held, progress=progress)
     manifest = _manifest(elastic, chain, built, spec, batches)
     with tempfile.TemporaryDirectory() as scratch:
-        library = Path(scratch) / "model.so"
+        library, checks = Path(scratch) / "model.so", Path(scratch) / "checks.so"
         built.save(library)
         manifest = replace(manifest, stages=Stages(built=True))
-        if _runs_here(spec):
-            draft = bundle.write(Path(scratch) / "draft", manifest, library, built.tensors)
-            session = load(draft, hashes=False)
-            prove = _Proof(elastic, built.taps, batches[:PARITY_INPUTS], progress)
-            manifest = prove(manifest, session.probe, "device")
-            if calls:
-                manifest = _timed(manifest, session, batches[0], calls, notes, progress)
-        elif (machine := _emulator(spec, notes)) is not None:
-            draft = bundle.write(Path(scratch) / "draft", manifest, library, built.tensors)
-            prove = _Proof(elastic, built.taps, batches[:PARITY_INPUTS], progress)
-            manifest = prove(manifest, emulate.Emulated(draft, machine).probe, "emulated")
+        prove = _Proof(elastic, built.probes, batches[:PARITY_INPUTS], progress)
+        machine = None if _runs_here(spec) else _emulator(spec, notes)
+        if _runs_here(spec) or machine is not None:
+            built.save(checks, checks=True)  # the same machine code, and the probes
+            draft = bundle.write(Path(scratch) / "draft", manifest, checks, built.tensors)
+            if machine is not None:
+                manifest = prove(manifest, emulate.Emulated(draft, machine).probe, "emulated")
+            else:
+                session = load(draft, hashes=False)
+                manifest = prove(manifest, session.probe, "device")
+                if calls:
+                    manifest = _timed(manifest, session, batches[0], calls, notes, progress)
         manifest = replace(manifest, assumptions=tuple(notes.lines))
         return bundle.write(where, manifest, library, built.tensors)
 
@@ -390,7 +392,9 @@ def _manifest(
         made = built.profiles[profile.name]
         ram = sum(built.tensors[n].nbytes for n in made.weights) + made.activation_bytes
         counted = replace(profile, storage_bytes=made.storage_bytes, ram_bytes=ram)
-        compiled.append(CompiledProfile(counted, made.function, made.weights))
+        compiled.append(
+            CompiledProfile(counted, made.function, made.weights, arena_bytes=made.arena_bytes)
+        )
     with torch.inference_mode():
         outputs = elastic.graph(*elastic.example_inputs)
     return Manifest(
@@ -464,12 +468,12 @@ class _Proof:
     """Runs every profile against its fake-quantized torch reference."""
 
     elastic: ElasticModel
-    taps: Sequence[str]
+    probes: Mapping[str, Probe]
     batches: Sequence[Batch]
     progress: Progress | None
 
     def __call__(
-        self, manifest: Manifest, probe: Callable[[str, Batch], list[Any]], where: Where
+        self, manifest: Manifest, probe: Callable[[Probe, str, Batch], list[Any]], where: Where
     ) -> Manifest:
         """The manifest with parity and stages.
 
@@ -493,16 +497,18 @@ class _Proof:
         self,
         compiled: CompiledProfile,
         manifest: Manifest,
-        probe: Callable[[str, Batch], list[Any]],
+        probe: Callable[[Probe, str, Batch], list[Any]],
         where: Where,
     ) -> Parity:
         profile, elastic = compiled.profile, self.elastic
         worst = free = 0.0
+        one = self.probes[profile.name]
+        taps = [tap.site for tap in one.taps]
         with elastic.using(profile.formats), torch.inference_mode():
             for batch in self.batches:
-                flat = [torch.from_numpy(a) for a in probe(profile.name, batch)]
+                flat = [torch.from_numpy(a) for a in probe(one, profile.name, batch)]
                 outputs = {s.name: y for s, y in zip(manifest.outputs, flat, strict=False)}
-                seen = shadow(elastic, batch, self.taps, flat[len(outputs) :], outputs)
+                seen = shadow(elastic, batch, taps, flat[len(outputs) :], outputs)
                 if not seen.worst <= TOLERANCE:
                     raise ParityError(
                         f"profile {profile.name!r}, at {seen.where!r}: relative error "

@@ -22,7 +22,7 @@ from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.report import ConversionReport, Outcome, Row
 from t3c.core.structure import Tree, leaves, problem
 
-SCHEMA = 1
+SCHEMA = 2
 FORMAT = "t3c-artifact"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -128,15 +128,19 @@ class CompiledProfile:
 
     Attributes:
         profile: Formats, costs and certificate.
-        function: Name of the VM function: (inputs..., tuple of weights) -> outputs.
-        weights: Names in the weight file, in the order of the tuple.
+        function: Name of (inputs..., addresses of the weights, arena, outputs...) -> 0.
+        weights: Names in the weight file, in the order of the addresses.
         parity: Result of the check against torch; None where nothing could run it.
+        arena_bytes: Scratch memory that a call takes, aligned to 64 bytes; None (CUDA, and every
+            artifact of schema 1): a function of TVM's virtual machine, which allocates, (inputs...,
+            tuple of weights) -> outputs.
     """
 
     profile: Profile
     function: str
     weights: tuple[str, ...]
     parity: Parity | None = None
+    arena_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +311,7 @@ def _profile_to_json(compiled: CompiledProfile) -> dict[str, Any]:
     return {
         "name": p.name,
         "function": compiled.function,
+        "arena_bytes": compiled.arena_bytes,
         "macs": p.macs,
         "storage_bytes": p.storage_bytes,
         "ram_bytes": p.ram_bytes,
@@ -340,6 +345,7 @@ def _profile_from_json(f: Fields) -> CompiledProfile:
         f.text("function"),
         f.texts("weights"),
         f.optional("parity", lambda k: f.within(k, _parity_from_json)),
+        f.optional("arena_bytes", f.whole),
     )
 
 

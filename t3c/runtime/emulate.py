@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from t3c.core.artifact import Artifact
 from t3c.core.errors import LoweringError, TargetError
+from t3c.core.probe import Probe
 from t3c.runtime.template_host import RUN_CC
 from t3c.targets.base import TargetSpec
 
@@ -101,23 +102,25 @@ class Emulated:
     artifact: Artifact
     machine: Machine
 
-    def probe(self, profile: str, inputs: Sequence[Any]) -> list[NDArray[Any]]:
+    def probe(self, probe: Probe, profile: str, inputs: Sequence[Any]) -> list[NDArray[Any]]:
         """Outputs, then the input of every elastic layer; see `Session.probe`.
 
         Raises:
             LoweringError: The program fails; the message ends with what it said.
         """
-        return self.call(profile, inputs, f"probe_{profile}")
+        *outputs, arena = self.call(profile, inputs, (probe.function, str(probe.arena_bytes)))
+        return [*outputs, *probe.read(arena)]
 
     def call(
-        self, profile: str, inputs: Sequence[Any], function: str | None = None
+        self, profile: str, inputs: Sequence[Any], function: tuple[str, ...] = ()
     ) -> list[NDArray[Any]]:
         """Outputs of one call, flat.
 
         Args:
             profile: Name of the profile.
             inputs: One array (of any library) for each input of the manifest, in order.
-            function: Another function on the same inputs and weights.
+            function: Name of another function on the same inputs and weights, and the bytes of its
+                arena, which is returned behind the outputs.
 
         Raises:
             LoweringError: The program fails; the message ends with what it said.
@@ -131,7 +134,7 @@ class Emulated:
                 array.tofile(Path(folder) / f"{i}.in")
             command = [*self.machine.command, str(self.machine.host)]
             command += [str(self.artifact.path.resolve()), profile, folder]
-            done = _run([*command, *([function] if function else [])], cwd=folder)
+            done = _run([*command, *function], cwd=folder)
             if done.returncode != 0:
                 said = done.stderr.strip() or "nothing"
                 raise LoweringError(

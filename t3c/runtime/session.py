@@ -20,10 +20,12 @@ from t3c.core.artifact import Artifact
 from t3c.core.budget import Budget, Selector
 from t3c.core.errors import ArtifactError, T3CError
 from t3c.core.manifest import CompiledProfile, Manifest, TensorSpec
+from t3c.core.probe import Probe, Trace
 from t3c.core.profile import Label, Profile, Timing
 from t3c.core.structure import Tree, flatten, unflatten
 from t3c.runtime import host, tvm_vm
-from t3c.runtime.weights import ALIGNMENT, Weights, aligned, aligned_copy
+from t3c.runtime.entry import Entry, MachineEntry, NativeEntry, Scratch
+from t3c.runtime.weights import ALIGNMENT, Weights, aligned_copy, aligned_empty
 
 
 def load(artifact: str | os.PathLike[str] | Artifact, *, hashes: bool = True) -> "Session":
@@ -52,8 +54,7 @@ class Variant:
     """
 
     profile: Profile
-    _function: str = field(repr=False)
-    _weights: Any = field(repr=False)
+    _entry: Entry = field(repr=False)
     _session: "Session" = field(repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +79,9 @@ class Session:
         self._library = tvm_vm.Library(artifact.library, self.manifest.target.kind)
         self._weights = Weights(artifact.weights)
         self._tensors: dict[str, Any] = {}
+        self._scratch = Scratch()
         self._bind = Binder(self.manifest.input_tree, self.manifest.inputs)
+        self._compiled = {p.profile.name: p for p in self.manifest.profiles}
         self._variants = {p.profile.name: self._variant(p) for p in self.manifest.profiles}
         self._selector = Selector(self.manifest.chain)
         self._current = self._variants[self.manifest.profiles[-1].profile.name]
@@ -199,24 +202,60 @@ class Session:
                     times[name].append(time.perf_counter() - start)
         return times
 
-    def probe(self, profile: str, inputs: Sequence[Any]) -> list[Any]:
+    def probe(self, probe: Probe, profile: str, inputs: Sequence[Any]) -> list[Any]:
         """Outputs of a profile and, behind them, the input of every elastic layer call, in order.
 
-        What a reference needs to check the library on this device, stretch by stretch.
+        What a reference needs to check the library on this device, stretch by stretch. Only a
+        library that was linked with its checks can do it.
 
         Args:
+            probe: The profile's probe.
             profile: Its name.
             inputs: Flat inputs, in the manifest's order.
 
         Returns:
             Flat numpy arrays.
         """
-        variant = self._named(profile)
-        function = self._library.function(f"probe_{profile}")
+        arena = aligned_empty((max(1, probe.arena_bytes),), np.dtype(np.uint8))
+        outputs = self._run_native(probe.function, profile, inputs, arena)
+        return [*outputs, *probe.read(arena)]
+
+    def trace(
+        self, trace: Trace, profile: str, inputs: Sequence[Any], calls: int = 1
+    ) -> list[list[float]]:
+        """Seconds of every kernel, in order, of each of several calls.
+
+        Only a library that was linked with its checks can do it. The cycle counter of the
+        processor is read between kernels, and scaled by the clock of the system.
+
+        Args:
+            trace: The profile's trace.
+            profile: Its name.
+            inputs: Flat inputs, in the manifest's order.
+            calls: How often; the first ones are cold.
+        """
+        stamps = aligned_empty((len(trace.kernels) + 1,), np.dtype(np.int64))
+        arena = aligned_empty((max(1, self._compiled[profile].arena_bytes or 0),), np.dtype("u1"))
+        found = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            self._run_native(trace.function, profile, inputs, arena, stamps)
+            seconds = time.perf_counter() - start
+            cycles = np.diff(stamps).astype(float)
+            found.append((cycles * (seconds / max(1.0, float(cycles.sum())))).tolist())
+        return found
+
+    def _run_native(
+        self, function: str, profile: str, inputs: Sequence[Any], arena: Any, *more: Any
+    ) -> list[Any]:
+        """Call a function of the library that takes what a profile's function takes."""
+        compiled = self._compiled[self._named(profile).profile.name]
+        entry = self._native(function, compiled)
         specs = self.manifest.inputs
         given = [self._input(spec, v) for spec, v in zip(specs, inputs, strict=True)]
-        outputs = function(*given, variant._weights)  # pyright: ignore[reportPrivateUsage]
-        return [tvm_vm.to_numpy(tensor) for tensor in tvm_vm.flat(outputs)]
+        outputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in self.manifest.outputs]
+        entry.run(given, *(tvm_vm.share(a) for a in (arena, *outputs, *more)))
+        return outputs
 
     def _named(self, name: str) -> Variant:
         if (variant := self._variants.get(name)) is None:
@@ -224,51 +263,57 @@ class Session:
         return variant
 
     def _variant(self, compiled: CompiledProfile) -> Variant:
-        self._library.function(compiled.function)
-        tensors = tvm_vm.group([self._tensor(name) for name in compiled.weights])
-        return Variant(compiled.profile, compiled.function, tensors, self)
+        entry: Entry
+        if compiled.arena_bytes is None:
+            tensors = [self._tensor(name) for name in compiled.weights]
+            entry = MachineEntry(self._library, compiled.function, tensors)
+        else:
+            entry = self._native(compiled.function, compiled)
+        return Variant(compiled.profile, entry, self)
+
+    def _native(self, function: str, compiled: CompiledProfile) -> NativeEntry:
+        return NativeEntry(
+            self._library.native(function),
+            [self._tensor(name) for name in compiled.weights],
+            compiled.arena_bytes or 0,
+            self.manifest.outputs,
+            self._scratch,
+        )
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:
             if name not in self._weights:
                 raise ArtifactError(f"{self._weights.path}: has no tensor {name!r}")
             array = self._weights[name]
-            if not aligned(array):
+            tensor = tvm_vm.share(array)
+            if not tvm_vm.aligned(tensor):
                 self.weight_bytes_copied += array.nbytes
-                array = aligned_copy(array)
-            self._tensors[name] = self._library.place(tvm_vm.share(array))
+                tensor = tvm_vm.share(aligned_copy(array))
+            self._tensors[name] = self._library.place(tensor)
         return self._tensors[name]
 
     def _run(self, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given = self._bind(args, kwargs)
+        torch: Any = sys.modules.get("torch")
+        as_torch = torch is not None and any(isinstance(value, torch.Tensor) for value in given)
         specs = self.manifest.inputs
         inputs = [self._input(spec, v) for spec, v in zip(specs, given, strict=True)]
-        function = self._library.function(variant._function)  # pyright: ignore[reportPrivateUsage]
-        outputs = function(*inputs, variant._weights)  # pyright: ignore[reportPrivateUsage]
-        flat = tvm_vm.flat(outputs)
-        torch: Any = sys.modules.get("torch")
-        if torch is not None and any(isinstance(value, torch.Tensor) for value in given):
-            leaves = (torch.from_dlpack(tensor) for tensor in flat)
-        else:
-            leaves = (tvm_vm.to_numpy(tensor) for tensor in flat)
-        return unflatten(self.manifest.output_tree, leaves)
+        outputs = variant._entry(inputs, as_torch=as_torch)  # pyright: ignore[reportPrivateUsage]
+        return unflatten(self.manifest.output_tree, iter(outputs))
 
     def _input(self, spec: TensorSpec, value: Any) -> Any:
         check_input(spec, value)
         torch: Any = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
             value = value.detach()
-        if isinstance(value, np.ndarray) and not (value.flags.writeable and aligned(value)):
+        elif isinstance(value, np.ndarray) and not value.flags.writeable:
             value = self._copied(value)  # DLPack refuses read-only arrays
         tensor = tvm_vm.share(value)
-        if isinstance(value, np.ndarray):
+        if tvm_vm.on_host(tensor):
+            if not tvm_vm.aligned(tensor):
+                tensor = tvm_vm.share(self._copied(tvm_vm.to_numpy(tensor)))
             return self._library.place(tensor)
-        if not tvm_vm.on_host(tensor):
-            return tensor
-        view = tvm_vm.to_numpy(tensor)
-        if not aligned(view):
-            tensor = tvm_vm.share(self._copied(view))
-        return self._library.place(tensor)
+        return tensor
 
     def _copied(self, array: Any) -> Any:
         with self._lock:

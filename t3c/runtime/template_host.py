@@ -3,16 +3,18 @@
 RUN_CC = r"""// Run one profile without Python. Needs the headers of apache-tvm-ffi, and
 // libtvm_runtime.so and libtvm_ffi.so of the device:
 //   g++ -O1 -std=c++17 run.cc -o run -I HEADERS -L LIBS -Wl,--no-as-needed -ltvm_runtime -ltvm_ffi
-//   LD_LIBRARY_PATH=LIBS ./run ARTIFACT PROFILE FOLDER [FUNCTION]
+//   LD_LIBRARY_PATH=LIBS ./run ARTIFACT PROFILE FOLDER [FUNCTION BYTES]
 // Reads FOLDER/0.in, 1.in, ... (raw bytes; an absent input is all ones), writes FOLDER/0.out, ...
-// and prints a line for every output: its data type and shape; then, unless FUNCTION names another
-// function on the same arguments, the seconds of a second call.
+// and prints a line for every output: its data type and shape; then the seconds of a second call.
+// FUNCTION names another function on the same arguments with an arena of BYTES bytes: it is called
+// once, and what it leaves in the arena is written behind the outputs.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/json.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -55,6 +57,20 @@ ffi::Tensor Make(const Array& dims, const std::string& type) {
   for (const auto& n : dims) shape.push_back(n.cast<int64_t>());
   const DLDevice host{kDLCPU, 0};
   return ffi::Tensor::FromNDAlloc(Aligned(), ffi::Shape(shape), Type(type), host);
+}
+
+ffi::Tensor Vector(int64_t count, const std::string& type) {
+  Array dims;
+  dims.push_back(std::max<int64_t>(1, count));
+  return Make(dims, type);
+}
+
+void Write(const std::string& path, const ffi::Tensor& y) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(static_cast<const char*>(y.data_ptr()), ffi::GetDataSize(y));
+  std::printf("output %s", std::string(ffi::DLDataTypeToString(y.dtype())).c_str());
+  for (int64_t n : y.shape()) std::printf(" %lld", static_cast<long long>(n));
+  std::printf("\n");
 }
 
 void Ones(ffi::Tensor* t) {
@@ -102,12 +118,14 @@ int main(int argc, char** argv) try {
     }
     arguments.push_back(x);
   }
-  ffi::Array<ffi::Tensor> weights;
+  std::vector<ffi::Tensor> weights;
   std::string function;
+  int64_t bytes = 0;
   for (const auto& item : manifest["profiles"].cast<Array>()) {
     const auto profile = item.cast<Object>();
     if (Text(profile["name"]) != wanted) continue;
     function = Text(profile["function"]);
+    bytes = profile["arena_bytes"].cast<int64_t>();
     for (const auto& name : profile["weights"].cast<Array>()) {
       const auto entry = header[name].cast<Object>();
       ffi::Tensor w = Make(entry["shape"].cast<Array>(), Text(entry["dtype"]));
@@ -117,25 +135,32 @@ int main(int argc, char** argv) try {
     }
   }
   if (function.empty()) throw std::runtime_error("no profile " + wanted);
-  arguments.push_back(weights);
+  if (argc > 5) {
+    function = argv[4];
+    bytes = std::stoll(argv[5]);
+  }
+  const auto count = static_cast<int64_t>(weights.size());
+  ffi::Tensor addresses = Vector(count, "int64");
+  auto* table = static_cast<int64_t*>(addresses.data_ptr());
+  for (int64_t i = 0; i < count; ++i) table[i] = reinterpret_cast<int64_t>(weights[i].data_ptr());
+  ffi::Tensor arena = Vector(bytes, "uint8");
+  arguments.push_back(addresses);
+  arguments.push_back(arena);
+  std::vector<ffi::Tensor> outs;
+  for (const auto& item : manifest["outputs"].cast<Array>()) {
+    const auto spec = item.cast<Object>();
+    outs.push_back(Make(spec["shape"].cast<Array>(), Text(spec["dtype"])));
+    arguments.push_back(outs.back());
+  }
   ffi::Module library = ffi::Module::LoadFromFile(root + Text(manifest["library"]));
-  auto machine = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
-  machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, /*pooled*/ 2);
-  ffi::Function call = machine->GetFunction(argc > 4 ? argv[4] : function).value();
+  ffi::Function call = library->GetFunction(function).value();
   std::vector<ffi::AnyView> views(arguments.begin(), arguments.end());
   ffi::Any result;
   call.CallPacked(views.data(), static_cast<int>(views.size()), &result);
-  const auto one = result.try_cast<ffi::Tensor>();
-  const auto outputs = one ? ffi::Array<ffi::Tensor>{*one} : result.cast<ffi::Array<ffi::Tensor>>();
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    const ffi::Tensor y = outputs[i];
-    std::ofstream file(folder + std::to_string(i) + ".out", std::ios::binary);
-    file.write(static_cast<const char*>(y.data_ptr()), ffi::GetDataSize(y));
-    std::printf("output %s", std::string(ffi::DLDataTypeToString(y.dtype())).c_str());
-    for (int64_t n : y.shape()) std::printf(" %lld", static_cast<long long>(n));
-    std::printf("\n");
-  }
-  if (argc > 4) return 0;  // a probe: nothing to time
+  if (result.cast<int64_t>() != 0) throw std::runtime_error("a kernel found no memory");
+  if (argc > 5) outs.push_back(arena);
+  for (size_t i = 0; i < outs.size(); ++i) Write(folder + std::to_string(i) + ".out", outs[i]);
+  if (argc > 5) return 0;
   const auto begin = std::chrono::steady_clock::now();
   call.CallPacked(views.data(), static_cast<int>(views.size()), &result);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;

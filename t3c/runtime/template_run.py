@@ -38,14 +38,26 @@ if len(sys.argv) > 2:
 else:
     inputs = {i["name"]: np.ones(i["shape"], i["dtype"]) for i in manifest["inputs"]}
 library = tvm.runtime.load_module(str(root / manifest["library"]))
-run = VirtualMachine(library, device)[profile["function"]]
 args = [tvm.runtime.tensor(inputs[i["name"]], device) for i in manifest["inputs"]]
-args.append([weight(name) for name in profile["weights"]])
+weights = [weight(name) for name in profile["weights"]]
+arena = profile.get("arena_bytes")
+if arena is None:  # a function of TVM's virtual machine, which allocates its outputs
+    run = VirtualMachine(library, device)[profile["function"]]
+    args.append(weights)
+else:  # a function of addresses: weights, scratch memory, outputs
+    run, empty = library[profile["function"]], tvm.runtime.empty
+    args.append(tvm.runtime.tensor(np.array([w.data_ptr() for w in weights] or [0], "int64")))
+    args.append(empty((max(1, arena),), "uint8"))
+    written = [empty(tuple(o["shape"]), o["dtype"]) for o in manifest["outputs"]]
+    args += written
 outputs = run(*args)
 begin = time.perf_counter()
 outputs = run(*args)
 seconds = time.perf_counter() - begin
-flat = [outputs] if isinstance(outputs, tvm.runtime.Tensor) else list(outputs)
+if arena is not None:
+    flat = written
+else:
+    flat = [outputs] if isinstance(outputs, tvm.runtime.Tensor) else list(outputs)
 for spec, output in zip(manifest["outputs"], flat):
     print(spec["name"], tuple(output.shape), output.dtype, "mean", float(output.numpy().mean()))
 print(f"profile {profile['name']}: {seconds * 1e3:.3f} ms")

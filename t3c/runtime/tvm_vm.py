@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tvm_ffi
@@ -12,6 +12,7 @@ from tvm import runtime
 from tvm.runtime import vm
 
 from t3c.core.errors import ArtifactError, TargetError
+from t3c.runtime.weights import ALIGNMENT
 
 _HOST = runtime.cpu(0).dlpack_device_type()
 
@@ -25,7 +26,7 @@ def threads() -> int:
 
 
 class Library:
-    """A loaded library. Its virtual machine is not re-entrant, so each thread gets its own."""
+    """A loaded library. A virtual machine is not re-entrant, so each thread gets its own."""
 
     def __init__(self, path: Path, kind: str) -> None:
         """Load it.
@@ -47,6 +48,17 @@ class Library:
         if not self.device.exist:
             raise TargetError(f"{path.name} needs a {kind} device; TVM finds none on this machine")
         self._local = threading.local()
+
+    def native(self, name: str) -> Function:
+        """The function of machine code called `name`; any thread may call it.
+
+        Raises:
+            ArtifactError: The library has no such function.
+        """
+        try:
+            return cast(Function, self._module[name])
+        except AttributeError as error:
+            raise ArtifactError(f"the library has no function {name!r}") from error
 
     def function(self, name: str) -> Function:
         """The VM function called `name`, in this thread's virtual machine.
@@ -87,6 +99,11 @@ def group(tensors: Sequence[Tensor]) -> Any:
 def on_host(tensor: Tensor) -> bool:
     """Whether the tensor lies in host memory."""
     return bool(tensor.device.dlpack_device_type() == _HOST)
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Whether the tensor starts at a multiple of 64 bytes, as compiled kernels need."""
+    return int(tensor.data_ptr()) % ALIGNMENT == 0
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:

@@ -144,11 +144,18 @@ def aligned(array: Array) -> bool:
     return array.ctypes.data % ALIGNMENT == 0
 
 
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array of undefined content that starts at a multiple of 64 bytes."""
+    size = prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    shift = -raw.ctypes.data % ALIGNMENT
+    made: Array = raw[shift : shift + size].view(dtype).reshape(shape)
+    return made
+
+
 def aligned_copy(array: Array) -> Array:
     """A C-contiguous copy that starts at a multiple of 64 bytes."""
-    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    shift = -raw.ctypes.data % ALIGNMENT
-    copy: Array = raw[shift : shift + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = aligned_empty(array.shape, array.dtype)
     copy[...] = array
     return copy
 

@@ -97,7 +97,7 @@ def test_a_line_of_text_says_target_stage_and_profiles() -> None:
     ("path", "value", "message"),
     [
         (("format",), "zip", r"m\.json: format is 'zip'"),
-        (("schema",), SCHEMA + 1, r"schema 2 was written by t3c 0\.1\.0"),
+        (("schema",), SCHEMA + 1, r"schema 3 was written by t3c 0\.1\.0"),
         (("target",), None, r"m\.json: target: expected dict, got None"),
         (("target", "features"), [1], r"target\.features: expected strings only"),
         (("stages", "ran"), 1, r"stages\.ran: expected bool, got 1"),

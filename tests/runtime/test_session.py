@@ -22,9 +22,11 @@ from t3c.runtime.weights import aligned_copy
 from tests.runtime import toy
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy.write(tmp_path_factory.mktemp("toy") / "artifact")
+@pytest.fixture(scope="module", params=["native", "machine"])
+def artifact(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Artifact:
+    """The toy as machine code alone, and for TVM's virtual machine."""
+    write = toy.write_native if request.param == "native" else toy.write
+    return write(tmp_path_factory.mktemp("toy") / "artifact")
 
 
 @pytest.fixture
@@ -239,9 +241,9 @@ def edit(folder: Path, old: str, new: str) -> None:
 
 
 def test_a_newer_schema_is_refused_and_says_which_version_reads_it(copy: Path) -> None:
-    edit(copy, '"schema": 1', '"schema": 2')
+    edit(copy, '"schema": 2', '"schema": 3')
     edit(copy, '"t3c": "0.1.0"', '"t3c": "9.1.0"')
-    with pytest.raises(ArtifactError, match=r"schema 2 was written by t3c 9\.1\.0.*install t3c 9"):
+    with pytest.raises(ArtifactError, match=r"schema 3 was written by t3c 9\.1\.0.*install t3c 9"):
         load(copy)
 
 

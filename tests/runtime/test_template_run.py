@@ -2,19 +2,22 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from t3c.core.artifact import Artifact
 from tests.runtime import toy
 
 BLOCK = "import sys; sys.modules['t3c'] = None; import runpy; sys.argv = sys.argv[1:]; "
 
 
+@pytest.mark.parametrize("write", [toy.write, toy.write_native])
 @pytest.mark.parametrize("name", toy.NAMES)
-def test_run_py_needs_no_t3c(tmp_path: Path, name: str) -> None:
-    artifact = toy.write(tmp_path / "artifact")
+def test_run_py_needs_no_t3c(tmp_path: Path, name: str, write: Callable[[Path], Artifact]) -> None:
+    artifact = write(tmp_path / "artifact")
     x = toy.inputs()
     np.savez(tmp_path / "in.npz", x=x)
     code = BLOCK + "runpy.run_path(sys.argv[0], run_name='__main__')"

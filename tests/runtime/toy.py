@@ -10,6 +10,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from t3c.codegen import machine_code
+from t3c.codegen.calls import Program, flatten, lay_out
+from t3c.codegen.entries import entry
 from t3c.core.artifact import Artifact
 from t3c.core.certificate import Certificate, Observed
 from t3c.core.formats import Dense, LowRank
@@ -56,27 +59,32 @@ def expected(name: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(y + w["shift"])
 
 
+def emit_profile(builder: Any, name: str) -> None:
+    """Add the function of one profile."""
+    arrays = tensors()
+    tensor: Any = relax.TensorType
+    x = relax.Var("x", tensor((ROWS, K), "float32"))
+    fields = [tensor(arrays[w].shape, "float32") for w in WEIGHTS[name]]
+    weights = relax.Var("weights", relax.TupleType(fields))
+    with builder.function(f"profile_{name}", [x, weights]):
+        with builder.dataflow():
+            y: Any = x
+            last = len(fields) - 1
+            for i in range(last - 1):
+                w = builder.emit(relax.op.permute_dims(relax.TupleGetItem(weights, i)))
+                y = builder.emit(relax.op.matmul(y, w))
+            shifted = builder.emit(relax.op.add(y, relax.TupleGetItem(weights, last - 1)))
+            double = builder.emit(relax.op.multiply(shifted, relax.TupleGetItem(weights, last)))
+            out = builder.emit_output(relax.Tuple([shifted, double]))
+        builder.emit_func_output(out)
+
+
 @cache
 def library() -> bytes:
     """The shared library with both functions, compiled once per process."""
     builder = relax.BlockBuilder()
-    arrays = tensors()
     for name in NAMES:
-        tensor: Any = relax.TensorType
-        x = relax.Var("x", tensor((ROWS, K), "float32"))
-        fields = [tensor(arrays[w].shape, "float32") for w in WEIGHTS[name]]
-        weights = relax.Var("weights", relax.TupleType(fields))
-        with builder.function(f"profile_{name}", [x, weights]):
-            with builder.dataflow():
-                y: Any = x
-                last = len(fields) - 1
-                for i in range(last - 1):
-                    w = builder.emit(relax.op.permute_dims(relax.TupleGetItem(weights, i)))
-                    y = builder.emit(relax.op.matmul(y, w))
-                shifted = builder.emit(relax.op.add(y, relax.TupleGetItem(weights, last - 1)))
-                double = builder.emit(relax.op.multiply(shifted, relax.TupleGetItem(weights, last)))
-                out = builder.emit_output(relax.Tuple([shifted, double]))
-            builder.emit_func_output(out)
+        emit_profile(builder, name)
     built = relax.build(builder.get(), target=tvm.target.Target({"kind": "llvm"}))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "toy.so"
@@ -138,3 +146,46 @@ def manifest(**changes: Any) -> Manifest:
 def write(folder: Path, **changes: Any) -> Artifact:
     """An artifact in `folder` (which must not exist or be empty)."""
     return bundle.write(folder, manifest(**changes), library(), tensors())
+
+
+def programs() -> tuple[dict[str, Program], dict[str, Any]]:
+    """The functions as straight-line code, and their kernels."""
+    builder = relax.BlockBuilder()
+    for name in NAMES:
+        emit_profile(builder, name)
+    module = relax.transform.LegalizeOps()(builder.get())
+    passes = [relax.transform.ToNonDataflow(), relax.transform.CallTIRRewrite()]
+    module = tvm.transform.Sequential(passes)(module)
+    made = {n: flatten(module[f"profile_{n}"], WEIGHTS[n], lambda name, _: name) for n in NAMES}
+    return made, {c.kernel: module[c.kernel] for p in made.values() for c in p.calls}
+
+
+@cache
+def native_library() -> bytes:
+    """The same functions without a virtual machine, and their traces."""
+    target = tvm.target.Target({"kind": "llvm"})
+    made, kernels = programs()
+    texts = [entry(f"profile_{n}", p, lay_out(p)) for n, p in made.items()]
+    texts += [entry(f"trace_{n}", p, lay_out(p), trace=True) for n, p in made.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "toy.so"
+        objects = [machine_code.kernels(kernels, target), machine_code.entries(texts, target)]
+        machine_code.link(objects, path, None)
+        return path.read_bytes()
+
+
+def write_native(folder: Path, **changes: Any) -> Artifact:
+    """The toy with a library of machine code alone."""
+    made, _ = programs()
+    profiles = tuple(
+        CompiledProfile(
+            profile(n),
+            f"profile_{n}",
+            p.weights,
+            Parity(1e-7, 1e-6, 1e-3, 4, "device"),
+            lay_out(p).arena_bytes,
+        )
+        for n, p in made.items()
+    )
+    whole = manifest(profiles=profiles, **changes)
+    return bundle.write(folder, whole, native_library(), tensors())

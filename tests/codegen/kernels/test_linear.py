@@ -298,7 +298,7 @@ def test_looked_up_activations_are_accurate(step: str) -> None:
 
 def machine_code(kernel: Kernel, target: dict[str, object]) -> str:
     """Assembly of a kernel; nothing is run."""
-    module = compile_source(kernel.name, kernel.source, make_target(target)).mod
+    module = compile_source(kernel.name, kernel.source, make_target(target))
     for part in (module, *module.imports):
         if part.kind == "llvm":
             return str(part.inspect_source("asm"))
