@@ -1,96 +1,44 @@
-"""Convolution with AMX int8 tiles: output channels are rows, pixels are columns.
+"""Convolution with AMX int8 tiles: pixels are rows, output channels are columns.
 
-A tile of sixteen quads by sixteen pixels is the second operand as it lies in the codes, rows one
-plane apart. Where quads are many and whole (1x1, few output channels) tiles are read in place;
-else a chunk of pixels is first copied to scratch as dense tiles, once for all output channels.
-
-Rows of the product run over (block of sixteen quads, tap, quad); the quads that do not fill a
-block form dense tiles of their own, so that a three-channel stem wastes little.
+Sixteen pixels of the image, 64 bytes each and one pixel apart, are the first operand as they lie;
+sixteen words of packed weights are the second. Both are loaded from where they are. With stride 1
+the sixteen pixels may run over the end of a row: what lies between rows is computed and dropped.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import numpy as np
-from numpy.typing import NDArray
+from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Spot, row_of
+from t3c.codegen.kernels.conv_x86 import AbstractX86Conv
+from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, i32, lanes
+from t3c.codegen.kernels.family import Flow
+from t3c.codegen.kernels.image_codes import Grid
 
-from t3c.codegen.kernels.conv_layout import Layout, pad_bytes
-from t3c.codegen.kernels.conv_x86 import Panel, panel_at, quantize_kernel
-from t3c.codegen.kernels.emit import (
-    LANES,
-    Emitter,
-    buffer,
-    ceil_div,
-    epilogue_steps,
-    i32,
-    kernel_name,
-    lanes,
-    splat,
-)
-from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Kernel, Packed
-from t3c.core.codes import F32, Matrix
-
-RANK_STEP = 16
 ROWS = 16
 """Rows of a tile."""
-TILE_WORDS = 256
-SLACK = 3 * LANES
-"""Words that the last panel may read past the last plane."""
 PARALLEL_MACS = 1 << 26
 """Multiply-adds worth several threads: about 50 us of one."""
-CHUNK_TILES = 512
-"""Tiles of scratch (1 KiB each): a quarter of a second-level cache."""
-IN_PLACE_CHANNELS = 64
-"""Output channels up to which unaligned tiles are read in place: each is read once for every 32."""
+CHUNK = 8
+"""Pairs of pixel tiles that share a block of weights in the first-level cache."""
+OUT_WORDS = 2 * ROWS * 2 * LANES
+"""Words of the sums of a pair of pixel tiles by a pair of channel tiles."""
 
 
 @final
-class AmxConv(AbstractConvKernels):
+class AmxConv(AbstractX86Conv):
     """The family ``x86-amx``."""
 
     name: ClassVar[str] = "x86-amx"
-    rank_step: ClassVar[int] = RANK_STEP
+    wide: ClassVar[bool] = True
 
-    def quantize(self, shape: ConvShape) -> Kernel:
-        """(x) -> (signed codes as words, scales)."""
-        layout = Layout(shape)
-        name = f"amx_conv_quantize_{layout.tag(outputs=False)}"
-        return quantize_kernel(layout, name, offset=0, slack=SLACK)
-
-    def pack(self, w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
-        """Tiles [out / 16, tiles, 16, 64]; scale and bias of each channel."""
-        out = w.q.shape[0]
-        return {
-            "weight": pad_bytes(_tiles(Layout(shape).order(w.q))),
-            "scale": pad_bytes(w.scale),
-            "bias": pad_bytes(np.zeros(out, np.float32) if bias is None else bias),
-        }
-
-    def conv(
-        self,
-        shape: ConvShape,
-        channels_max: tuple[int, int] | None = None,
-        epilogue: str = "",
-        *,
-        raw: bool = False,
-    ) -> Kernel:
-        """(codes, scales, weight, scale, bias, [residual]) -> y."""
-        steps = epilogue_steps(epilogue)
-        most = channels_max or (shape.out_channels, shape.in_channels)
-        return _Product(Emitter(), Layout(shape), most, steps, raw).kernel()
+    def product(self, output: Output, depth: Depth, most: tuple[int, int], epilogue: str) -> None:
+        """See `AbstractX86Conv.product`."""
+        _Product(output.e, output.flow, depth, most, output).write()
 
 
-def _tiles(words: NDArray[np.int8]) -> NDArray[np.int8]:
-    """[out, quads, taps, 4] as [out / 16, tiles, 16, 16, 4], zero padded."""
-    out, quads, taps = words.shape[:3]
-    whole = quads // ROWS
-    head = words[:, : whole * ROWS].reshape(out, whole, ROWS, taps, 4).swapaxes(2, 3)
-    tail = words[:, whole * ROWS :].swapaxes(1, 2)
-    rows = np.concatenate([head.reshape(out, -1, 4), tail.reshape(out, -1, 4)], axis=1)
-    rows = np.pad(rows, ((0, -out % ROWS), (0, -rows.shape[1] % ROWS), (0, 0)))
-    tiles = rows.reshape(rows.shape[0] // ROWS, ROWS, -1, ROWS, 4)
-    return np.ascontiguousarray(tiles.swapaxes(1, 2))
+def words_of(words: int) -> int:
+    """Words of a tile along the sum: the most that divide it evenly."""
+    return next(size for size in range(min(ROWS, words), 0, -1) if words % size == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,241 +46,197 @@ class _Product:
     """Writer of one convolution kernel."""
 
     e: Emitter
-    layout: Layout
+    flow: Flow
+    depth: Depth
     channels_max: tuple[int, int]
-    steps: tuple[str, ...]
-    raw: bool
+    output: Output
 
     @property
-    def whole(self) -> int:
-        """Blocks of sixteen quads that the packed weights have."""
-        return self.layout.quads_of(self.channels_max[1]) // ROWS
+    def flat(self) -> bool:
+        """Whether tiles run over the ends of rows."""
+        return self.output.direct and self.flow.shape.stride == (1, 1)
 
     @property
-    def rest(self) -> int:
-        """Quads of the packed weights that do not fill a block."""
-        return self.layout.quads_of(self.channels_max[1]) % ROWS
+    def pitch(self) -> int:
+        """Pixels from one output row to the next, if `flat`."""
+        return Grid(self.flow.source).pitch
 
     @property
-    def tiles_max(self) -> int:
-        """Tiles along the product of the packed weights, for sixteen output channels."""
-        return (self.whole * ROWS + self.rest) * self.layout.taps // ROWS + (
-            self.rest * self.layout.taps % ROWS > 0
-        )
+    def width(self) -> int:
+        """Pixels of a tile."""
+        rows, columns = self.flow.shape.out_size
+        if self.flat:
+            return min(ROWS, (rows - 1) * self.pitch + columns)
+        return ceil_div(columns, ceil_div(columns, ROWS))
 
     @property
-    def tiles(self) -> int:
-        """Tiles along the product that this kernel reads."""
-        blocks = ceil_div(self.layout.quads, ROWS)
-        return blocks * self.layout.taps if blocks <= self.whole else self.tiles_max
+    def across(self) -> int:
+        """Tiles of a row; of an image, if `flat`."""
+        rows, columns = self.flow.shape.out_size
+        length = (rows - 1) * self.pitch + columns if self.flat else columns
+        return ceil_div(length, self.width)
 
-    @property
-    def in_place(self) -> bool:
-        """Whether activations are read as tiles from the codes themselves."""
-        layout = self.layout
-        aligned = layout.taps == 1 or layout.shape.out_channels <= IN_PLACE_CHANNELS
-        return layout.quads % ROWS == 0 and layout.quads <= self.whole * ROWS and aligned
-
-    def kernel(self) -> Kernel:
-        """The whole function."""
-        layout, s = self.layout, self.layout.shape
-        out_max, in_max = self.channels_max
-        shape = (s.batch, s.out_channels, *s.out_size)
-        dtype = "int32" if self.raw else "float32"
-        weights = ceil_div(out_max, ROWS) * self.tiles_max * TILE_WORDS * 4
-        params = [
-            buffer("codes", (layout.words(SLACK),), "int32"),
-            buffer("scales", (s.batch,), "float32"),
-            buffer("weight", (weights,), "int8"),
-            buffer("wscale", (ceil_div(out_max, 16) * 16,), "float32"),
-            buffer("bias", (ceil_div(out_max, 16) * 16,), "float32"),
-        ]
-        if "add" in self.steps:
-            params.append(buffer("residual", shape, "float32"))
-        params.append(buffer("y", shape, dtype))
-        most = "" if self.channels_max == (s.out_channels, s.in_channels) else f"{out_max}x{in_max}"
-        ending = "raw" if self.raw else "_".join(self.steps)
-        name = kernel_name("amx_conv", layout.tag(), most and f"of{most}", ending)
-        self._tasks()
-        return Kernel(name, self.e.function(name, params), ((shape, dtype),))
-
-    def _tasks(self) -> None:
-        """Chunks of pixels by groups of output channels, each with its own tile configuration."""
-        e, layout, s = self.e, self.layout, self.layout.shape
-        whole = layout.pixels // LANES // 2
-        panels = whole + (layout.vectors > 2 * whole)
-        chunk = min(panels, 8 if self.in_place else max(1, CHUNK_TILES // self.tiles // 2))
-        chunks = ceil_div(panels, chunk)
-        macs = s.batch * s.out_channels * layout.pixels * self.tiles * 64
+    def write(self) -> None:
+        """The body of the function: tasks are chunks of tile pairs by groups of channel pairs."""
+        e, s = self.e, self.flow.shape
+        tiles = self.across * (1 if self.flat else s.out_size[0])
+        pairs = ceil_div(tiles, 2)
+        chunks = ceil_div(pairs, CHUNK)
+        groups = ceil_div(s.out_channels, LANES)
+        blocks = ceil_div(groups, 2)
+        macs = s.batch * s.out_channels * tiles * self.width * self.depth.packed * WORD
         threads = macs >= PARALLEL_MACS
-        blocks = ceil_div(s.out_channels, 2 * ROWS)
-        groups = min(blocks, ceil_div(4, s.batch * chunks)) if threads else 1
-        each = ceil_div(blocks, groups)
-        groups = ceil_div(blocks, each)
+        parts = min(blocks, ceil_div(4, s.batch * chunks)) if threads else 1
+        each = ceil_div(blocks, parts)
+        parts = ceil_div(blocks, each)
         e('T.evaluate(T.call_extern("int64", "syscall", 158, 0x1023, 18))')
-        with e.parallel("t", s.batch * chunks * groups, threads) as t:
-            config = e.alloc("config", (64,), "uint8")
-            with e.loop("i", 64) as i:
-                e(f"{config}[{i}] = T.uint8(0)")
-            e(f"{config}[0] = T.uint8(1)")
-            with e.loop("i", 8) as i:
-                e(f"{config}[16 + 2 * {i}] = T.uint8(64)")
-                e(f"{config}[48 + {i}] = T.uint8({ROWS})")
-            e.intrinsic("llvm.x86.ldtilecfg", f"T.address_of({config}[0])")
-            b = e.let("b", f"{t} // {chunks * groups}")
-            c = e.let("c", f"{t} // {groups} % {chunks} * {chunk}")
-            here = str(chunk) if panels % chunk == 0 else f"T.min({chunk}, {panels} - {c})"
-            out = e.alloc("out", (4 * TILE_WORDS,), "int32")
-            with e.loop("i", 4 * TILE_WORDS // LANES) as i:
+        with e.parallel("t", s.batch * chunks * parts, threads) as t:
+            self._configure()
+            b = e.let("b", f"{t} // {chunks * parts}")
+            first = e.let("first", f"{t} // {parts} % {chunks} * {CHUNK}")
+            out = e.alloc("out", (OUT_WORDS,), "int32")
+            with e.loop("i", OUT_WORDS // LANES) as i:
                 # TVM shrinks a buffer to what it sees accessed, and it does not see tile stores
                 e(f"{out}[{lanes(f'{i} * 16')}] = {i32(0)}")
-            scratch = ""
-            if not self.in_place:
-                scratch = e.alloc("scratch", (2 * chunk * self.tiles * TILE_WORDS,), "int32")
-                self._copy(b, c, f"{here} * 2", scratch)
-            n0 = f"{t} % {groups} * {each}"
-            count = str(each) if blocks % each == 0 else f"T.min({each}, {blocks} - {n0})"
-            with e.block(f"for n in range({count}):"):
-                n = e.let("n", f"{n0} + n")
-                with e.block(f"for g in range({here}):"):
-                    source = (b, n, f"{c} + g", "g" if scratch else "", scratch, out)
-                    self._panel(*source, whole)
+            n0 = e.let("n", f"{t} % {parts} * {each}")
+            with e.block(f"for n in range(T.min({each}, {blocks} - {n0})):"):
+                group = e.let("group", f"({n0} + n) * 2")
+                with e.block(f"for g in range(T.min({CHUNK}, {pairs} - {first})):"):
+                    tile = e.let("tile", f"({first} + g) * 2")
+                    self._tall(b, tile, group, groups, tiles, out)
             e.intrinsic("llvm.x86.tilerelease")
 
-    def _copy(self, b: str, c: str, vectors: str, scratch: str) -> None:
-        """Dense tiles of the chunk: scratch[vector, row of the product, 16 pixels]."""
-        e, layout = self.e, self.layout
-        blocks, rest = divmod(layout.quads, ROWS)
-        base = f"{b} * {layout.image_words} + {c} * {2 * LANES}"
-        with e.block(f"for v in range({vectors}):"):
-            to = e.let("to", f"v * {self.tiles * TILE_WORDS}")
-            source = e.let("from", f"{base} + v * {LANES}")
-            if blocks:
-                with e.loop("k", blocks) as k:
-                    self._copy_rows(
-                        source,
-                        f"{k} * {ROWS}",
-                        ROWS,
-                        ROWS,
-                        scratch,
-                        (f"{to} + {k} * {layout.taps * TILE_WORDS}"),
-                    )
-            if rest:
-                first = blocks * layout.taps * TILE_WORDS
-                pitch = ROWS if blocks < self.whole else self.rest
-                if rest < pitch or (layout.taps * pitch) % ROWS:
-                    with e.loop("z", (self.tiles * TILE_WORDS - first) // LANES) as z:
-                        e(f"{scratch}[{lanes(f'{to} + {first} + {z} * 16')}] = {i32(0)}")
-                at = f"{to} + {first}"
-                self._copy_rows(source, str(blocks * ROWS), rest, pitch, scratch, at)
+    def _configure(self) -> None:
+        """Sums are tiles 0 to 3, pixels 4 and 5, weights 6 and 7."""
+        e = self.e
+        size = words_of(self.depth.words)
+        config = e.alloc("config", (64,), "uint8")
+        with e.loop("i", 64) as i:
+            e(f"{config}[{i}] = T.uint8(0)")
+        e(f"{config}[0] = T.uint8(1)")
+        for tile in range(8):
+            rows = size if tile >= 6 else self.width
+            width = size * WORD if tile in (4, 5) else 4 * LANES
+            e(f"{config}[{16 + 2 * tile}] = T.uint8({width})")
+            e(f"{config}[{48 + tile}] = T.uint8({rows})")
+        e.intrinsic("llvm.x86.ldtilecfg", f"T.address_of({config}[0])")
 
-    def _copy_rows(
-        self, source: str, quad: str, count: int, pitch: int, scratch: str, to: str
-    ) -> None:
-        """Rows of `count` quads for every tap; rows of neighbouring taps are `pitch` apart."""
-        e, layout = self.e, self.layout
-        for taps in layout.classes:
-            with e.loop("i", taps.count[0]) as i, e.loop("j", taps.count[1]) as j:
-                shift = f"{taps.start} + {i} * {taps.step[0]} + {j} * {taps.step[1]}"
-                at = e.let("at", f"{source} + {quad} * {layout.quad_words} + {shift}")
-                tap = f"({taps.first} + {i} * {taps.count[1]} + {j})"
-                row = e.let("row", f"{to} + {tap} * {pitch * LANES}")
-                with e.loop("r", count) as r:
-                    value = f"codes[{lanes(f'{at} + {r} * {layout.quad_words}')}]"
-                    e(f"{scratch}[{lanes(f'{row} + {r} * 16')}] = {value}")
+    def _tall(self, b: str, tile: str, group: str, groups: int, tiles: int, out: str) -> None:
+        """Split by whether the last pair of pixel tiles or of channel tiles is whole."""
+        e = self.e
 
-    def _panel(
-        self, b: str, n: str, g: str, local: str, scratch: str, out: str, whole: int
-    ) -> None:
-        """One panel of one or two pixel vectors by one or two tiles of channels."""
-        e, layout = self.e, self.layout
-        rest = layout.vectors - 2 * whole
-        p = e.let("p", f"({g}) * {2 * LANES}")
-        for count, last in ((2 if whole else 0, False), (rest, True)):
-            if not count:
+        def wide(pixels: int) -> None:
+            if groups >= 2:
+                with e.maybe(f"{group} + 1 < {groups}" if groups % 2 else ""):
+                    self._body(b, tile, group, pixels, 2, out)
+            if groups % 2:
+                with e.maybe(f"{group} + 1 == {groups}" if groups >= 2 else ""):
+                    self._body(b, tile, group, pixels, 1, out)
+
+        if tiles >= 2:
+            with e.maybe(f"{tile} + 1 < {tiles}" if tiles % 2 else ""):
+                wide(2)
+        if tiles % 2:
+            with e.maybe(f"{tile} + 1 == {tiles}" if tiles >= 2 else ""):
+                wide(1)
+
+    def _body(self, b: str, tile: str, group: str, pixels: int, vectors: int, out: str) -> None:
+        """`pixels` tiles of pixels by `vectors` tiles of channels: products, then store."""
+        e, depth, s = self.e, self.depth, self.flow.shape
+        grid = Grid(self.flow.source)
+        for i in range(pixels):
+            for v in range(vectors):
+                e.intrinsic("llvm.x86.tilezero", f"T.int8({2 * i + v})")
+        bases = []
+        corner = f"{b} * {grid.plane} + {grid.origin}"
+        corner += f" - {s.padding[0] * grid.row + s.padding[1] * grid.depth}"
+        for i in range(pixels):
+            if self.flat:
+                where = f"({tile} + {i}) * {self.width * grid.depth}"
+            else:
+                row, column = self._place(f"({tile} + {i})")
+                where = f"{row} * {s.stride[0] * grid.row} + {column} * "
+                where += f"{s.stride[1] * grid.depth}"
+            bases.append(e.let("base", f"{corner} + {where}"))
+        size = words_of(depth.words)
+        with (
+            e.loop("i", depth.rows) as ki,
+            e.loop("j", depth.columns) as kj,
+            e.loop("k", depth.words // size) as k,
+        ):
+            shift = f"{ki} * {s.dilation[0] * grid.row} + {kj} * {s.dilation[1] * grid.depth}"
+            shift = e.let("shift", f"{shift} + {k} * {size * WORD}")
+            word = f"({ki} * {depth.columns} + {kj}) * {depth.most} + {k} * {size}"
+            word = e.let("word", word)
+            for v in range(vectors):
+                at = f"((({group}) + {v}) * {depth.packed} + {word}) * {4 * LANES}"
+                self._load(6 + v, f"weight[{at}]", 4 * LANES)
+            for i, base in enumerate(bases):
+                self._load(4 + i, f"codes[{base} + {shift}]", s.stride[1] * grid.depth)
+                for v in range(vectors):
+                    names = (f"T.int8({n})" for n in (2 * i + v, 4 + i, 6 + v))
+                    e.intrinsic("llvm.x86.tdpbusd", *names)
+        for i in range(pixels):
+            for v in range(vectors):
+                at = f"T.address_of({out}[{i * ROWS * 2 * LANES + v * LANES}])"
+                name = f"T.int8({2 * i + v})"
+                e.intrinsic("llvm.x86.tilestored64", name, at, f"T.int64({2 * 4 * LANES})")
+        starts = self._starts(group, vectors)
+        for i in range(pixels):
+            if self.flat:
+                self._scattered(b, f"({tile} + {i}) * {self.width}", group, i, starts, out)
                 continue
-            with ExitStack() as stack:
-                if whole and rest:
-                    stack.enter_context(e.block("else:" if last else f"if {g} < {whole}:"))
-                self._tall(b, n, p, count, last, local, scratch, out)
+            row, column = self._place(f"({tile} + {i})")
+            sums = [
+                [self._sum(out, i, str(p), v, start) for p in range(self.width)]
+                for v, start in enumerate(starts)
+            ]
+            self.output.finish(b, row_of(row, column, self.width), group, sums)
 
-    def _tall(
-        self, b: str, n: str, p: str, count: int, last: bool, local: str, scratch: str, out: str
+    def _place(self, tile: str) -> tuple[str, str]:
+        """(row, first column) of a tile within one row; the last one of a row ends with it."""
+        row = self.e.let("row", f"{tile} // {self.across}")
+        last = self.flow.shape.out_size[1] - self.width
+        column = f"T.min({tile} % {self.across} * {self.width}, {last})"
+        return row, self.e.let("column", column)
+
+    def _starts(self, group: str, vectors: int) -> list[str]:
+        """What makes up for the 128 of signed codes, for each vector of channels."""
+        if not self.flow.source.signed:
+            return [""] * vectors
+        out = ceil_div(self.channels_max[0], LANES) * LANES
+        line = (ceil_div(self.flow.shape.in_channels, RANK_STEP) - 1) * out
+        return [
+            self.e.let("start", f"start[{lanes(f'{line} + (({group}) + {v}) * {LANES}')}]")
+            for v in range(vectors)
+        ]
+
+    def _sum(self, out: str, i: int, pixel: str, v: int, start: str) -> str:
+        """One pixel's sums of sixteen channels."""
+        at = f"({i * ROWS} + {pixel}) * {2 * LANES} + {v * LANES}"
+        value = f"{out}[{lanes(at)}]"
+        return f"({value} + {start})" if start else value
+
+    def _scattered(
+        self, b: str, first: str, group: str, i: int, starts: list[str], out: str
     ) -> None:
-        """Split by whether the channel block has one or two tiles."""
-        e, s = self.e, self.layout.shape
-        full, odd = s.out_channels // 32, 0 < s.out_channels % 32 <= ROWS
-        if not odd:
-            self._body(b, n, p, 2, count, last, local, scratch, out)
-            return
-        if full:
-            with e.block(f"if {n} < {full}:"):
-                self._body(b, n, p, 2, count, last, local, scratch, out)
-            with e.block("else:"):
-                self._body(b, n, p, 1, count, last, local, scratch, out)
-        else:
-            self._body(b, n, p, 1, count, last, local, scratch, out)
-
-    def _body(
-        self,
-        b: str,
-        n: str,
-        p: str,
-        height: int,
-        count: int,
-        last: bool,
-        local: str,
-        scratch: str,
-        out: str,
-    ) -> None:
-        """`height` tiles of channels by `count` pixel vectors: products, then store."""
-        e, layout = self.e, self.layout
-        for i in range(height):
-            for j in range(count):
-                e.intrinsic("llvm.x86.tilezero", f"T.int8({2 * i + j})")
-
-        def products(tile: str, pixels: list[str], stride: int) -> None:
-            for i in range(height):
-                at = f"(({n} * 2 + {i}) * {self.tiles_max} + {tile}) * {4 * TILE_WORDS}"
-                self._load(4 + i, f"weight[{at}]", 64)
-                for j in range(count):
-                    if i == 0:
-                        self._load(6 + j, pixels[j], stride)
-                    e.intrinsic(
-                        "llvm.x86.tdpbssd",
-                        f"T.int8({2 * i + j})",
-                        f"T.int8({4 + i})",
-                        f"T.int8({6 + j})",
-                    )
-
-        if scratch:
-            with e.loop("k", self.tiles) as k:
-                at = [
-                    f"{scratch}[(({local} * 2 + {j}) * {self.tiles} + {k}) * {TILE_WORDS}]"
-                    for j in range(count)
-                ]
-                products(k, at, 64)
-        else:
-            with e.loop("k", layout.quads // ROWS) as k:
-                base = f"{b} * {layout.image_words} + {k} * {ROWS * layout.quad_words} + {p}"
-                for taps in layout.classes:
-                    with e.loop("i", taps.count[0]) as ki, e.loop("j", taps.count[1]) as kj:
-                        shift = f"{taps.start} + {ki} * {taps.step[0]} + {kj} * {taps.step[1]}"
-                        word = e.let("at", f"{base} + {shift}")
-                        tap = f"({taps.first} + {ki} * {taps.count[1]} + {kj})"
-                        tile = f"({k} * {layout.taps} + {tap})"
-                        pixels = [f"codes[{word} + {LANES * v}]" for v in range(count)]
-                        products(tile, pixels, layout.quad_words * 4)
-        for i in range(height):
-            for j in range(count):
-                e.intrinsic(
-                    "llvm.x86.tilestored64",
-                    f"T.int8({2 * i + j})",
-                    f"T.address_of({out}[{i * 2 * TILE_WORDS + j * LANES}])",
-                    "T.int64(128)",
-                )
-        panel = panel_at(e, layout, p, count, last=last)
-        self._store(b, n, panel, height, out)
+        """Store a tile whose pixels may run over the end of a row, two at a time."""
+        e, (rows, columns) = self.e, self.flow.shape.out_size
+        step = 2 if self.width % 2 == 0 else 1
+        with e.loop("m", self.width // step) as m:
+            spots = []
+            for u in range(step):
+                place = e.let("at", f"{first} + {m} * {step} + {u}")
+                row, column = e.let("r", f"{place} // {self.pitch}"), f"{place} % {self.pitch}"
+                column = e.let("c", column)
+                guard = f"{row} < {rows} and {column} < {columns}"
+                inside = f"T.min({row}, {rows - 1})", f"T.min({column}, {columns - 1})"
+                spots.append(Spot(*inside, guard=guard))
+            sums = [
+                [self._sum(out, i, f"{m} * {step} + {u}", v, start) for u in range(step)]
+                for v, start in enumerate(starts)
+            ]
+            self.output.finish(b, spots, group, sums)
 
     def _load(self, tile: int, element: str, stride: int) -> None:
         """Load a tile register from rows `stride` bytes apart."""
@@ -342,22 +246,3 @@ class _Product:
             f"T.address_of({element})",
             f"T.int64({stride})",
         )
-
-    def _store(self, b: str, n: str, panel: Panel, height: int, out: str) -> None:
-        """Dequantize, apply the epilogue and store the accumulators in `out`."""
-        e, s = self.e, self.layout.shape
-        rows = str(height * ROWS)
-        if s.out_channels % ROWS:
-            rows = f"T.min({rows}, {s.out_channels} - {n} * {2 * ROWS})"
-        with e.block(f"for r in range({rows}):"):
-            channel = e.let("channel", f"{n} * {2 * ROWS} + r")
-            scale = bias = ""
-            if not self.raw:
-                scale = e.let("s", splat(f"(scales[{b}] * wscale[{channel}])"))
-                bias = e.let("h", splat(f"bias[{channel}]"))
-            for j in range(len(panel.start)):
-                value = f"{out}[{lanes(f'r * {2 * LANES} + {LANES * j}')}]"
-                if self.raw:
-                    panel.store(f"y[{b}, {channel}, 0, ", j, value, "int32")
-                else:
-                    panel.finish(j, f"{b}, {channel}", value, scale, bias, self.steps)

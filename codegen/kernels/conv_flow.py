@@ -156,7 +156,29 @@ def runs(shape: ConvShape, longest: int, *, skip: bool) -> tuple[Run, ...]:
 
 
 Accumulators = list[list[str]]
-"""Names of int32 vectors: [vector of channels][pixel]."""
+"""Int32 vectors: [vector of channels][pixel]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """One output pixel.
+
+    Attributes:
+        row: Its row.
+        column: Its column is `column` + `shift`.
+        shift: Pixels.
+        guard: Condition under which it exists; "": it does.
+    """
+
+    row: str
+    column: str
+    shift: int = 0
+    guard: str = ""
+
+
+def row_of(row: str, column: str, width: int) -> tuple[Spot, ...]:
+    """Neighbouring pixels."""
+    return tuple(Spot(row, column, shift) for shift in range(width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +188,17 @@ class Output:
     Attributes:
         e: Where to write.
         flow: What is computed.
-        out_max: Output channels of the packed weights.
         steps: Of the epilogue.
         raw: Whether the output is the sums.
+        wide: Whether there are the instructions of AVX-512.
         scale: Text of the source's scale for image `b`.
     """
 
     e: Emitter
     flow: Flow
-    out_max: int
     steps: tuple[str, ...]
     raw: bool
+    wide: bool
     scale: Callable[[str], str]
 
     @property
@@ -226,18 +248,19 @@ class Output:
         if self.flow.target is not None and not self.raw:
             Grid(self.flow.target).fill_halo(self.e, "words")
 
-    def finish(self, at: tuple[str, str, str], group: str, acc: Accumulators) -> None:
-        """Store a run.
+    def finish(self, b: str, spots: Sequence[Spot], group: str, acc: Accumulators) -> None:
+        """Store pixels.
 
         Args:
-            at: Image, row and first column.
+            b: Image.
+            spots: The pixels, neighbours in one row unless the output is `direct`.
             group: Number of the first vector of channels.
             acc: The sums.
         """
         if self.direct:
-            self._direct(at, group, acc)
+            self._direct(b, spots, group, acc)
         else:
-            self._staged(at, group, acc)
+            self._staged((b, spots[0].row, spots[0].column), group, acc)
 
     def _factors(self, b: str, group: str, *, folded: bool) -> tuple[str, str]:
         """(scale, bias) of one vector of channels, as codes of the target if `folded`."""
@@ -249,29 +272,41 @@ class Output:
             scale, bias = f"{scale} * {inverse}", f"{bias} * {inverse}"
         return e.let("s", scale), e.let("h", bias)
 
-    def _residual(self, at: tuple[str, str, str], group: str, pixel: int | str) -> str:
+    def _residual(self, pixel: str, group: str) -> str:
         """Sixteen residual codes of a pixel, without the 128 of signed ones, as float32."""
         assert self.flow.residual is not None
-        grid = Grid(self.flow.residual)
         channels = f"({group}) * {LANES}"
-        return _wide(self.e, grid, "residual", self._pixel(grid, at, pixel), channels)
+        return _wide(self.e, Grid(self.flow.residual), "residual", pixel, channels)
+
+    def _pixels(self, grid: Grid, b: str, spots: Sequence[Spot]) -> list[str]:
+        """First byte of each pixel."""
+        bases: dict[tuple[str, str], str] = {}
+        found = []
+        for spot in spots:
+            where = (spot.row, spot.column)
+            if where not in bases:
+                line = f"{b} * {grid.plane} + {grid.origin} + ({spot.row}) * {grid.row}"
+                bases[where] = self.e.let("px", f"{line} + ({spot.column}) * {grid.depth}")
+            found.append(f"{bases[where]} + {spot.shift * grid.depth}")
+        return found
 
     def _pixel(self, grid: Grid, at: tuple[str, str, str], pixel: int | str) -> str:
         b, r, c = at
         line = f"{b} * {grid.plane} + {grid.origin} + {r} * {grid.row} + ({c}) * {grid.depth}"
         return f"{line} + {pixel} * {grid.depth}"
 
-    def _direct(self, at: tuple[str, str, str], group: str, acc: Accumulators) -> None:
+    def _direct(self, b: str, spots: Sequence[Spot], group: str, acc: Accumulators) -> None:
         """Codes straight from registers; 1 / scale of the target is part of every factor."""
         e, target = self.e, self.flow.target
         assert target is not None
-        grid = Grid(target)
         unsigned = not target.signed
         steps = self.steps[:-1] if unsigned and self.steps[-1:] == ("relu",) else self.steps
-        factors = [self._factors(at[0], f"{group} + {v}", folded=True) for v in range(len(acc))]
-        ratio = ""
+        factors = [self._factors(b, f"{group} + {v}", folded=True) for v in range(len(acc))]
+        ratio, more = "", list[str]()
         if "add" in steps:
+            assert self.flow.residual is not None
             ratio = e.let("ratio", splat("(range_residual[0] * range_out[1])"))
+            more = self._pixels(Grid(self.flow.residual), b, spots)
         codes: list[tuple[int, int, str]] = []
         for p in range(len(acc[0])):
             for v, row in enumerate(acc):
@@ -281,35 +316,27 @@ class Output:
                     if step == "relu":
                         value = e.let("v", f"T.max({value}, {f32(0.0)})")
                     else:
-                        more = self._residual(at, f"{group} + {v}", p)
-                        value = e.let("v", f"{more} * {ratio} + {value}")
+                        residual = self._residual(more[p], f"{group} + {v}")
+                        value = e.let("v", f"{residual} * {ratio} + {value}")
                 codes.append((p, v, e.let("q", rounded(value))))
-        base = e.let("to", self._pixel(grid, at, 0))
+        pixels = self._pixels(Grid(target), b, spots)
         count = len(acc)
         for first in range(0, len(codes), 4):
             four = codes[first : first + 4]
             packed = pack_codes(e, [code for _, _, code in four], signed=target.signed)
             begin = 0
             while begin < len(four):
-                pixel, vector, _ = four[begin]
+                p, vector, _ = four[begin]
                 size = min(count - vector, len(four) - begin)
-                self._put(grid, base, pixel, vector, group, packed, begin, size)
+                with e.maybe(spots[p].guard):
+                    self._put(pixels[p], vector, group, packed, begin, size)
                 begin += size
 
-    def _put(
-        self,
-        grid: Grid,
-        base: str,
-        pixel: int,
-        v: int,
-        group: str,
-        packed: str,
-        start: int,
-        size: int,
-    ) -> None:
+    def _put(self, pixel: str, vector: int, group: str, packed: str, start: int, size: int) -> None:
         """Store `size` sixteens of `packed`, which begin at its sixteen `start`, for one pixel."""
-        at = f"{base} + {pixel * grid.depth + v * LANES} + ({group}) * {LANES}"
-        count = min(size * LANES, grid.depth)
+        assert self.flow.target is not None
+        at = f"{pixel} + {vector * LANES} + ({group}) * {LANES}"
+        count = min(size * LANES, Grid(self.flow.target).depth)
         store_bytes(self.e, "words", at, packed, count, first=start * LANES)
 
     def _staged(self, at: tuple[str, str, str], group: str, acc: Accumulators) -> None:
@@ -317,13 +344,13 @@ class Output:
         e = self.e
         count, width = len(acc), len(acc[0])
         sums = e.alloc("sums", (count * LANES * LANES,), "int32")
-        for v, row in enumerate(acc):
-            for p, name in enumerate(row):
+        for v, names in enumerate(acc):
+            for p, name in enumerate(names):
                 e(f"{sums}[{lanes((v * LANES + p) * LANES)}] = {name}")
         if self.raw:
             self._planes(at, group, sums, count, width)
             return
-        b = at[0]
+        b, row, column = at
         tile = e.alloc("tile", (count * LANES * LANES,), "float32")
         with e.loop("v", count) as vector:
             channels = f"{group} + {vector}"
@@ -332,20 +359,24 @@ class Output:
             if floats:
                 self._gather(at, channels, f"{vector} * {LANES}", tile, width)
             with e.loop("p", width) as pixel:
+                spot = f"{column} + {pixel}"
                 here = lanes(f"({vector} * {LANES} + {pixel}) * {LANES}")
                 value = e.let("v", f'T.cast({sums}[{here}], "float32x16") * {scale} + {bias}')
                 residual = None
                 if floats:
                     residual = f"{tile}[{here}]"
                 elif "add" in self.steps:
-                    more = self._residual(at, channels, pixel)
+                    assert self.flow.residual is not None
+                    (where,) = self._pixels(Grid(self.flow.residual), b, [Spot(row, spot)])
+                    more = self._residual(where, channels)
                     residual = f"{more} * {splat('range_residual[0]')}"
                 value = activate(e, self.steps, value, residual)
                 if self.flow.target is not None:
                     grid = Grid(self.flow.target)
                     scaled = e.let("q", rounded(f"{value} * {splat('range_out[1]')}"))
                     packed = pack_codes(e, [scaled], signed=self.flow.target.signed)
-                    to = f"{self._pixel(grid, at, pixel)} + ({channels}) * {LANES}"
+                    (where,) = self._pixels(grid, b, [Spot(row, spot)])
+                    to = f"{where} + ({channels}) * {LANES}"
                     store_bytes(e, "words", to, packed, min(LANES, grid.depth))
                 if self._planar:
                     e(f"{tile}[{here}] = {value}")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from t3c.codegen.kernels.conv_layout import Layout, pad_bytes
+from t3c.codegen.kernels.conv_flow import check_shape
 from t3c.codegen.kernels.emit import (
     LANES,
     ROUND,
@@ -53,6 +54,25 @@ def padded_size(shape: ConvShape) -> tuple[int, int]:
     return h, w
 
 
+def tag(shape: ConvShape, *, outputs: bool = True) -> str:
+    """The sizes as part of a function name."""
+    s = shape
+    parts = [
+        f"{s.batch}x{s.in_channels}x{s.in_size[0]}x{s.in_size[1]}",
+        f"k{s.kernel[0]}x{s.kernel[1]}",
+        f"s{s.stride[0]}x{s.stride[1]}",
+        f"p{s.padding[0]}x{s.padding[1]}",
+        f"d{s.dilation[0]}x{s.dilation[1]}",
+    ]
+    return "_".join([f"o{s.out_channels}", *parts] if outputs else parts)
+
+
+def pad_bytes(a: NDArray[np.generic]) -> NDArray[np.generic]:
+    """The array flattened and zero padded to a multiple of 64 bytes."""
+    flat = np.ascontiguousarray(a).reshape(-1)
+    return np.pad(flat, (0, -flat.nbytes % 64 // flat.itemsize))
+
+
 @final
 class PortableConv(AbstractConvKernels):
     """The family ``portable``."""
@@ -62,7 +82,8 @@ class PortableConv(AbstractConvKernels):
 
     def quantize(self, shape: ConvShape) -> Kernel:
         """(x) -> (codes int8 [batch, height, width, channels] flat, scales)."""
-        layout, s = Layout(shape), shape
+        check_shape(shape)
+        s = shape
         height, width = padded_size(s)
         channels = padded_channels(s.in_channels)
         words = s.batch * height * width * channels
@@ -94,7 +115,7 @@ class PortableConv(AbstractConvKernels):
             buffer("codes", (words,), "int8"),
             buffer("scales", (s.batch,), "float32"),
         )
-        name = kernel_name("portable_conv_quantize", layout.tag(outputs=False))
+        name = kernel_name("portable_conv_quantize", tag(shape, outputs=False))
         return Kernel(name, e.function(name, params), (((words,), "int8"), ((s.batch,), "float32")))
 
     def _peak(self, e: Emitter, b: str, size: int, inverse: str) -> None:
@@ -136,7 +157,8 @@ class PortableConv(AbstractConvKernels):
         """(codes, scales, weight, scale, bias, [residual]) -> y."""
         steps = epilogue_steps(epilogue)
         most = channels_max or (shape.out_channels, shape.in_channels)
-        return _Product(Emitter(), Layout(shape), most, steps, raw).kernel()
+        check_shape(shape)
+        return _Product(Emitter(), shape, most, steps, raw).kernel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +166,14 @@ class _Product:
     """Writer of one convolution kernel."""
 
     e: Emitter
-    layout: Layout
+    shape: ConvShape
     channels_max: tuple[int, int]
     steps: tuple[str, ...]
     raw: bool
 
     def kernel(self) -> Kernel:
         """The whole function."""
-        e, s = self.e, self.layout.shape
+        e, s = self.e, self.shape
         out_max, in_max = self.channels_max
         (oh, ow), (height, width) = s.out_size, padded_size(s)
         channels = padded_channels(s.in_channels)
@@ -170,7 +192,7 @@ class _Product:
         params.append(buffer("y", shape, dtype))
         most = "" if self.channels_max == (s.out_channels, s.in_channels) else f"{out_max}x{in_max}"
         ending = "raw" if self.raw else "_".join(self.steps)
-        name = kernel_name("portable_conv", self.layout.tag(), most and f"of{most}", ending)
+        name = kernel_name("portable_conv", tag(self.shape), most and f"of{most}", ending)
         whole, rest = divmod(oh * ow, LANES)
         macs = s.batch * s.out_channels * oh * ow * channels * s.kernel[0] * s.kernel[1]
         if whole:
@@ -184,7 +206,7 @@ class _Product:
 
     def _pixels(self, b: str, p: str, valid: int) -> None:
         """All channels of sixteen neighbouring output pixels, of which `valid` exist."""
-        e, s = self.e, self.layout.shape
+        e, s = self.e, self.shape
         whole, rest = divmod(s.out_channels, OUT_BLOCK)
         sums = e.alloc("sums", (OUT_BLOCK * LANES,), "int32")
         kind = "int32" if self.raw else "float32"
@@ -199,7 +221,7 @@ class _Product:
         self, b: str, first: str, rows: int, p: str, valid: int, sums: str, spare: str
     ) -> None:
         """`rows` channels of the pixels: products into `sums`, then the epilogue."""
-        e, s = self.e, self.layout.shape
+        e, s = self.e, self.shape
         ow, (height, width) = s.out_size[1], padded_size(s)
         channels = padded_channels(s.in_channels)
         with e.loop("g", ceil_div(valid, PIXEL_BLOCK)) as g:
@@ -232,7 +254,7 @@ class _Product:
 
     def _products(self, first: str, bases: list[str], acc: list[list[str]]) -> None:
         """The taps and channels, as contiguous runs as long as both operands allow."""
-        e, s = self.e, self.layout.shape
+        e, s = self.e, self.shape
         kh, kw = s.kernel
         width = padded_size(s)[1]
         channels, packed = padded_channels(s.in_channels), padded_channels(self.channels_max[1])

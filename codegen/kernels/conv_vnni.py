@@ -10,35 +10,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from t3c.codegen.kernels import conv_flow, image_codes
-from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Run, runs
-from t3c.codegen.kernels.conv_x86 import emit_peaks
-from t3c.codegen.kernels.emit import (
-    LANES,
-    Emitter,
-    buffer,
-    ceil_div,
-    epilogue_steps,
-    i32,
-    kernel_name,
-    lanes,
-)
-from t3c.codegen.kernels.family import (
-    AbstractConvKernels,
-    ConvShape,
-    Flow,
-    Image,
-    Kernel,
-    Packed,
-)
-from t3c.codegen.kernels.image_codes import PARALLEL_ELEMENTS, RANGE, Encoder, Grid
-from t3c.codegen.kernels.schedule import Op, Schedule, Scheduled, epilogue_class
-from t3c.core.codes import F32, Matrix
+from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Run, row_of, runs
+from t3c.codegen.kernels.conv_x86 import AbstractX86Conv, op_of, shape_of
+from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, i32, lanes
+from t3c.codegen.kernels.family import Flow, Image, Kernel
+from t3c.codegen.kernels.image_codes import Grid
+from t3c.codegen.kernels.schedule import Op, Schedule, Scheduled
 
 PARALLEL_MACS = 1 << 23
 """Multiply-adds worth several threads: about 50 us of one."""
-L2_BYTES = 1 << 18
-"""Weights above a quarter of a second-level cache are read once instead of once per row."""
+L1_BYTES = 48 << 10
+"""Weights above a first-level cache are read once instead of once per row."""
 
 
 BLOCKS = ((14, 2), (7, 3), (8, 3), (7, 2), (6, 4), (28, 1), (14, 1))
@@ -60,37 +42,12 @@ class ConvSchedule(Schedule):
     outer: str
 
 
-_SIZES = (("k", "kernel"), ("s", "stride"), ("p", "padding"), ("d", "dilation"))
-
-
-def op_of(shape: ConvShape, epilogue: str) -> Op:
-    """The operator of a convolution, for records."""
-    sizes = {"b": shape.batch, "c": shape.in_channels, "o": shape.out_channels}
-    sizes |= {"h": shape.in_size[0], "w": shape.in_size[1]}
-    for letter, field in _SIZES:
-        tall, wide = getattr(shape, field)
-        sizes |= {f"{letter}h": tall, f"{letter}w": wide}
-    return Op.of("conv", epilogue_class(epilogue), **sizes)
-
-
-def shape_of(op: Op) -> ConvShape:
-    """The sizes of an operator."""
-    pairs = ((op[f"{letter}h"], op[f"{letter}w"]) for letter, _ in _SIZES)
-    return ConvShape(op["b"], op["c"], op["o"], (op["h"], op["w"]), *pairs)
-
-
-def source_of(shape: ConvShape) -> Image:
-    """The signed codes that a dynamic convolution reads."""
-    return Image(shape.batch, shape.in_channels, shape.in_size, max(shape.padding), True)
-
-
 @final
-class VnniConv(AbstractConvKernels, Scheduled):
+class VnniConv(AbstractX86Conv, Scheduled):
     """The family ``x86-vnni``."""
 
     name: ClassVar[str] = "x86-vnni"
-    rank_step: ClassVar[int] = RANK_STEP
-    static: ClassVar[bool] = True
+    wide: ClassVar[bool] = True
 
     def __init__(self, records: Mapping[str, Schedule] | None = None) -> None:
         """Records: key of an operator -> its tuned schedule."""
@@ -109,12 +66,15 @@ class VnniConv(AbstractConvKernels, Scheduled):
         )
 
     def default(self, op: Op) -> Schedule:
-        """Long runs by two vectors; weights that do not stay in cache are read once."""
+        """As square a block as fits; weights that leave the first cache are read once."""
         if op.kind != "conv":
             raise self.unknown(op)
         weights = op["c"] * op["o"] * op["kh"] * op["kw"]
-        block = BLOCKS[0] if op["o"] > LANES else BLOCKS[-1]
-        return ConvSchedule(*block, "channels" if weights > L2_BYTES else "rows")
+        groups = ceil_div(op["o"], LANES)
+        narrow = shape_of(op).out_size[1] <= 7
+        square = (7, 3) if narrow else (6, 4)
+        block = {1: (14, 1), 2: (14, 2), 3: (7, 3) if narrow else (8, 3)}.get(groups, square)
+        return ConvSchedule(*block, "channels" if weights > L1_BYTES else "rows")
 
     def kernel(self, op: Op) -> Kernel:
         """A flow between unsigned images; a residual is codes too."""
@@ -124,112 +84,15 @@ class VnniConv(AbstractConvKernels, Scheduled):
         residual = target if "add" in op.epilogue else None
         return self.flow(Flow(s, source, target, residual), None, op.epilogue)
 
-    def quantize(self, shape: ConvShape) -> Kernel:
-        """(x) -> (codes, scales)."""
-        conv_flow.check_shape(shape)
-        grid, e = Grid(source_of(shape)), Emitter()
-        inverse = emit_peaks(e, shape)
-        size = shape.batch * shape.in_channels * shape.in_size[0] * shape.in_size[1]
-        threads = size >= PARALLEL_ELEMENTS
-        Encoder(e, grid, "codes").write(lambda b: f"{inverse}[{b}]", threads)
-        params = (
-            buffer("x", (shape.batch, shape.in_channels, *shape.in_size), "float32"),
-            grid.parameter("codes"),
-            buffer("scales", (shape.batch,), "float32"),
-        )
-        name = f"conv_quantize_{grid.tag()}"
-        outs = (grid.out(), ((shape.batch,), "float32"))
-        return Kernel(name, e.function(name, params), outs)
-
-    def pack(self, w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
-        """Weights [out / 16, words, 16, 4] int8; starts, scale and bias of each channel."""
-        return conv_flow.pack(w, bias, shape)
-
-    def conv(
-        self,
-        shape: ConvShape,
-        channels_max: tuple[int, int] | None = None,
-        epilogue: str = "",
-        *,
-        raw: bool = False,
-    ) -> Kernel:
-        """(codes, scales, weight, start, scale, bias, [residual]) -> y."""
-        flow = Flow(shape, source_of(shape), None, None, True)
-        return self._product(flow, channels_max, epilogue, raw, dynamic=True)
-
-    def buffer(self, image: Image) -> tuple[tuple[int, ...], str]:
-        """(shape, dtype) of an image's codes."""
-        return Grid(image).out()
-
-    def encode(self, image: Image) -> Kernel:
-        """(x, range) -> codes."""
-        return image_codes.encode(image)
-
-    def decode(self, image: Image) -> Kernel:
-        """(codes, range) -> x."""
-        return image_codes.decode(image)
-
-    def flow(
-        self,
-        flow: Flow,
-        channels_max: tuple[int, int] | None = None,
-        epilogue: str = "",
-        *,
-        raw: bool = False,
-    ) -> Kernel:
-        """(codes, range_in, *pack, [residual, [its range]], [range_out]) -> [codes], [y]."""
-        return self._product(flow, channels_max, epilogue, raw, dynamic=False)
-
-    def max_pool(
-        self,
-        source: Image,
-        target: Image,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-    ) -> Kernel:
-        """(codes) -> codes of the target."""
-        return image_codes.max_pool(source, target, kernel, stride, padding)
-
-    def average(self, image: Image) -> Kernel:
-        """(codes, range) -> means over the pixels."""
-        return image_codes.average(image)
-
-    def _product(
-        self,
-        flow: Flow,
-        channels_max: tuple[int, int] | None,
-        epilogue: str,
-        raw: bool,
-        *,
-        dynamic: bool,
-    ) -> Kernel:
-        s = flow.shape
-        conv_flow.check(flow)
-        steps = epilogue_steps(epilogue)
-        op = op_of(s, epilogue)
+    def product(
+        self, output: Output, depth: Depth, most: tuple[int, int], epilogue: str
+    ) -> tuple[Op, Schedule, str]:
+        """See `AbstractX86Conv.product`."""
+        op = op_of(output.flow.shape, epilogue)
         schedule = self.pick(op)
         assert isinstance(schedule, ConvSchedule)
-        most = channels_max or (s.out_channels, s.in_channels)
-        e = Emitter()
-        scale = (lambda b: f"scales[{b}]") if dynamic else (lambda b: "range_in[0]")
-        output = Output(e, flow, most[0], () if raw else steps, raw, scale)
-        product = _Product(e, flow, Depth.of(s, most[1]), most, schedule, output)
-        product.write()
-        first = buffer("scales", (s.batch,), "float32")
-        params = [
-            Grid(flow.source).parameter("codes"),
-            first if dynamic else buffer("range_in", (RANGE,), "float32"),
-            *conv_flow.packed_parameters(s, most),
-            *output.parameters(),
-        ]
-        name = kernel_name(
-            "vnni_conv",
-            conv_flow.tag(flow, most),
-            "raw" if raw else "_".join(steps),
-            self.suffix(op, schedule),
-        )
-        return Kernel(name, e.function(name, params), output.outs(), op, schedule)
+        _Product(output.e, output.flow, depth, most, schedule, output).write()
+        return op, schedule, self.suffix(op, schedule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +119,6 @@ class _Product:
     def write(self) -> None:
         """The body of the function."""
         e, s = self.e, self.flow.shape
-        self.output.prepare()
         rows, vectors = s.out_size[0], self.schedule.vectors
         groups = ceil_div(s.out_channels, LANES)
         blocks = ceil_div(groups, vectors)
@@ -320,15 +182,17 @@ class _Product:
             across = s.dilation[1] * grid.depth
             if run.inner:
                 with e.loop("j", self.depth.columns) as j:
-                    self._tap(start, tap, j, across, group, acc, (0, run.width))
+                    self._tap(r, start, tap, j, across, group, acc, (0, run.width))
             else:
                 for column_of, live in enumerate(run.live):
                     if live[0] < live[1]:
-                        self._tap(start, tap, str(column_of), across, group, acc, live)
-        self.output.finish((b, r, column), group, [[f"{a}[{here}]" for a in row] for row in acc])
+                        self._tap(r, start, tap, str(column_of), across, group, acc, live)
+        sums = [[f"{a}[{here}]" for a in names] for names in acc]
+        self.output.finish(b, row_of(r, column, run.width), group, sums)
 
     def _tap(
         self,
+        row: str,
         line: str,
         tap: str,
         j: str,
@@ -347,12 +211,15 @@ class _Product:
             for v in range(len(acc)):
                 where = f"((({group}) + {v}) * {depth.packed} + {word} + {q}) * 64"
                 weights.append(e.let("w", f"weight[{lanes(where, 64)}]"))
+            if self.schedule.outer == "channels":  # the next block's weights, one vector a row
+                where = f"(({group}) + {len(acc)} + T.min({row}, {len(acc) - 1})) * {depth.packed}"
+                e.prefetch(f"weight[({where} + {word} + {q}) * 64]", False, 2)
             for p in range(*live):
                 four = f"codes[{lanes(f'{at} + {q} * {WORD} + {p * step}', WORD)}]"
                 word_of = f'T.broadcast(T.reinterpret({four}, dtype="int32"), {LANES})'
                 pixel = e.let("a", f'T.reinterpret({word_of}, dtype="int8x64")')
-                for row, w in zip(acc, weights, strict=True):
-                    total = f"{row[p]}[{lanes(0)}]"
+                for names, w in zip(acc, weights, strict=True):
+                    total = f"{names[p]}[{lanes(0)}]"
                     e(
                         f'{total} = T.call_llvm_pure_intrin("int32x16", '
                         f'"llvm.x86.avx512.vpdpbusd.512", {total}, {pixel}, {w})'

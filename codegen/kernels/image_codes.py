@@ -30,8 +30,8 @@ from t3c.codegen.kernels.emit import (
 )
 from t3c.codegen.kernels.family import Image, Kernel
 
-SLACK = 64
-"""Bytes after the last image: few channels are read four bytes at a time."""
+SLACK = 16
+"""Pixels after the last image that may be read and are never used."""
 PARALLEL_ELEMENTS = 1 << 17
 """Elements of a pass over an image worth several threads: about 50 us of one."""
 RANGE = 16
@@ -75,7 +75,7 @@ class Grid:
     @property
     def bytes(self) -> int:
         """Bytes of all images."""
-        return self.image.batch * self.plane + SLACK
+        return self.image.batch * self.plane + max(64, SLACK * self.depth)
 
     @property
     def zero(self) -> int:

@@ -1,7 +1,6 @@
 """Convolution kernels compute the operator of core/ops.py: exact integers, floats to rounding."""
 
 import ctypes
-import math
 import platform
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ import tvm
 from numpy.typing import NDArray
 
 from t3c.codegen.kernels.conv_amx import AmxConv
-from t3c.codegen.kernels.conv_layout import Layout
 from t3c.codegen.kernels.conv_portable import PortableConv
 from t3c.codegen.kernels.conv_vnni import VnniConv
 from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Kernel
@@ -237,15 +235,6 @@ def test_names_tell_kernels_apart_and_unknown_steps_are_refused(family: str) -> 
 def test_an_image_smaller_than_the_kernel_is_refused(family: str) -> None:
     with pytest.raises(ValueError, match="empty output"):
         FAMILIES[family][0].quantize(shape(3, 4, (2, 2), (3, 3)))
-
-
-@pytest.mark.parametrize("case", SHAPES)
-def test_layout_finds_every_tap_once(case: str) -> None:
-    layout = Layout(SHAPES[case])
-    assert len(layout.offsets) == layout.taps == len(set(layout.offsets))
-    assert sum(math.prod(c.count) for c in layout.classes) == layout.taps
-    reach = max(layout.offsets) + layout.pixels
-    assert reach <= layout.quad_words
 
 
 def test_threads_change_nothing(family: str) -> None:

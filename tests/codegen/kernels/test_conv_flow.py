@@ -10,16 +10,18 @@ import tvm
 from numpy.typing import NDArray
 
 from t3c.codegen.kernels.conv_portable import PortableConv
-from t3c.codegen.kernels.conv_vnni import VnniConv, op_of, shape_of
+from t3c.codegen.kernels.conv_vnni import VnniConv
+from t3c.codegen.kernels.conv_x86 import op_of, shape_of
 from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Flow, Image, Kernel
 from t3c.codegen.kernels.image_codes import Grid
 from t3c.codegen.script import read_function
 from t3c.core.codes import Matrix
 from t3c.core.errors import LoweringError
 from t3c.core.ops import activate
-from tests.codegen.kernels.test_conv import FAMILIES, PREFIXES, SHAPES, features, host, shape
+from tests.codegen.kernels.test_conv import FAMILIES, PREFIXES, SHAPES, features, host, shape, tiles
 
 Array = NDArray[Any]
+__all__ = ["tiles"]
 STATIC = [name for name, (family, _, _) in FAMILIES.items() if family.static]
 
 
@@ -29,6 +31,8 @@ def family(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     if missing := FAMILIES[name][2] - features():
         pytest.skip(f"{name} needs {', '.join(sorted(missing))}, not in /proc/cpuinfo")
+    if name == "x86-amx":
+        request.getfixturevalue("tiles")
     return name
 
 
