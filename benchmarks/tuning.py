@@ -35,7 +35,7 @@ from t3c.passes.pipeline import lowering_graph
 from t3c.targets.base import TargetSpec
 
 NETWORKS = ("vit_b16", "bert_base", "resnet50")
-LINEAR_RANKS = (32, 64, 128, 256)
+LINEAR_RANKS = (64, 128, 256)
 OUT = Path(__file__).with_suffix(".json")
 
 
@@ -50,25 +50,12 @@ def dense_operators(network: str, spec: TargetSpec) -> dict[Op, int]:
 
 
 def factorized(op: Op) -> list[Op]:
-    """Operators of the factorized layer, at ranks that save multiply-adds."""
+    """Operators of a factorized linear layer, at ranks that save multiply-adds."""
     if op.kind == "dense":
         m, n, k = op["m"], op["n"], op["k"]
         ranks = [r for r in LINEAR_RANKS if r * (n + k) < 0.7 * n * k]
         return [Op.of("low_rank", op.epilogue, m=m, n=n, k=k, r=r) for r in ranks]
-    if op.kind != "conv":
-        return []
-    sizes = dict(op.sizes)
-    inner, outer = sizes["c"], sizes["o"]
-    if sizes["kh"] == 1 or inner < 64:
-        return []
-    flat = sizes | {"kh": 1, "kw": 1, "sh": 1, "sw": 1, "ph": 0, "pw": 0}
-    height = (sizes["h"] + 2 * sizes["ph"] - sizes["kh"]) // sizes["sh"] + 1
-    low, high = inner // 4, outer // 4
-    return [
-        Op.of("conv", "", **(flat | {"o": low})),
-        Op.of("conv", "", **(sizes | {"c": low, "o": high})),
-        Op.of("conv", op.epilogue, **(flat | {"c": high, "h": height, "w": height})),
-    ]
+    return []
 
 
 def main() -> None:

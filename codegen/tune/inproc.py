@@ -90,13 +90,19 @@ class _Done(_runner.PyRunnerFuture):  # type: ignore[misc]
 class Runner(_runner.PyRunner):  # type: ignore[misc]
     """Lets all kernels of a batch take turns; the seconds of equal turns belong together."""
 
-    def __init__(self, shop: Shop, seconds: float, turns: tuple[int, int]) -> None:
-        """Limits of a contest, see `contest`."""
+    def __init__(
+        self,
+        shop: Shop,
+        seconds: float,
+        turns: tuple[int, int],
+        arguments: Arguments | None = None,
+    ) -> None:
+        """Limits and arguments of a contest, see `contest`."""
         super().__init__()
         self.shop = shop
         self.seconds = seconds
         self.turns = turns
-        self.arguments = Arguments()
+        self.arguments = arguments or Arguments()
         self.rng = np.random.default_rng(0)
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:

@@ -33,9 +33,8 @@ def features(op: Op, schedule: Schedule) -> NDArray[np.float32]:
     choices = schedule.record().values()
     numbers = [value for value in choices if isinstance(value, int)]
     words = [float(sum(value.encode()) % 97) for value in choices if isinstance(value, str)]
-    fit = [-(-size // n) * n / size for size in sizes for n in numbers if n > 0]
-    fit += [1.0] * (len(sizes) * len(numbers) - len(fit))
-    steps = [math.log2(op_) for op_ in map(float, sizes) if op_ > 0]
+    fit = [-(-size // n) * n / size if size and n else 1.0 for size in sizes for n in numbers]
+    steps = [math.log2(size + 1) for size in sizes]
     area = math.log2(max(1, math.prod(n for n in numbers if n > 0)))
     epilogue = [float("gelu" in op.epilogue), float("add" in op.epilogue)]
     return np.array([*steps, *numbers, *words, *fit, area, *epilogue], np.float32)

@@ -10,7 +10,7 @@ import pytest
 from t3c.codegen.kernels.schedule import Op
 from t3c.codegen.tune import search
 from t3c.codegen.tune.measure import ratio
-from t3c.codegen.tune.model import LEAST, Ranking
+from t3c.codegen.tune.model import LEAST, Ranking, features
 from t3c.codegen.tune.records import read
 from t3c.codegen.tune.search import RECORDS, Task, Tuner
 from t3c.codegen.tvm_api import make_target
@@ -102,6 +102,11 @@ def test_equal_kernels_under_noise_are_not_told_apart() -> None:
 def test_the_interval_holds_the_median() -> None:
     found = ratio(np.arange(1.0, 12.0), np.ones(11))
     assert (found.low, found.median, found.high) == (3.0, 6.0, 9.0)
+
+
+def test_sizes_of_zero_are_features_too() -> None:
+    padded = Op.of("conv", c=16, p=0)
+    assert np.isfinite(features(padded, Rounds(100, 0))).all()
 
 
 def test_the_model_orders_schedules_by_what_it_has_seen() -> None:
