@@ -24,6 +24,7 @@ from t3c.codegen.kernels.linear_tiles import (
     CACHE,
     DEPTH,
     PANEL,
+    Blocks,
     CodeLayout,
     Finish,
     cut,
@@ -154,12 +155,16 @@ class Product:
         """Panels of the output."""
         return ceil_div(self.size[1], PANEL)
 
+    def cut(self, rows: tuple[tuple[int, int], ...]) -> Blocks:
+        """Tasks over runs of row blocks."""
+        m, n, k = self.size
+        threads = m * n * k / self.dot.macs_us > WORTH_US or n * k / BYTES_US > WORTH_US
+        near = self.tile.kilobytes * 1024
+        return cut(rows, self.panels, self.tile.panels, k, threads, near)
+
     def emit(self, e: Emitter) -> None:
         """Emit the whole product."""
-        m, n, k = self.size
-        dot = self.dot
-        threads = m * n * k / dot.macs_us > WORTH_US or n * k / BYTES_US > WORTH_US
-        panels = self.panels
+        m, n, _ = self.size
         width = self.tile.panels
         rest = {"": ""}
 
@@ -173,8 +178,7 @@ class Product:
             valid = [self.finish.valid(int(panel) + i) for i in range(count)]
             self._block(e, rest[""], row, height, panel, valid)
 
-        rows = even_rows(m, self.tile.rows)
-        blocks = cut(rows, panels, width, k, threads, self.tile.kilobytes * 1024)
+        blocks = self.cut(even_rows(m, self.tile.rows))
         walk_blocks(e, blocks, prepare, body, last if n % (width * PANEL) else None)
 
     def _block(
@@ -222,13 +226,14 @@ class Product:
 
     def _fetch(self, e: Emitter, row: str, height: int, panel: str, count: int, kb: str) -> None:
         """Ask for this row block's share of the next panels: they arrive while these are used."""
-        blocks = ceil_div(self.size[0], height)
+        rows = even_rows(self.size[0], self.tile.rows)
+        blocks = ceil_div(rows[0][1], self.cut(rows).row_tasks)
         if blocks < FETCH_BLOCKS:
             return
         lines = DEPTH * PANEL // CACHE_LINE  # of a panel in a depth block
         each = ceil_div(count * lines, blocks)
         for u in range(each):
-            at = f"({row} // {height} * {each} + {u})"
+            at = f"({row} // {height} % {blocks} * {each} + {u})"
             place = f"T.min({panel} + {count} + {at} // {lines}, {self.panels - 1})"
             where = f"{kb}, {place}" if self.depth_first else f"{place}, {kb}"
             line = f"{at} % {lines} * {CACHE_LINE // self.dot.line_bytes()}"
