@@ -245,6 +245,9 @@ def run(
 def inspect(
     artifact: Folder,
     layers: Annotated[bool, typer.Option("--layers", help="Format of every layer.")] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Every format that was considered, with its times.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -257,6 +260,8 @@ def inspect(
         console.show(tables.profiles(manifest.profiles, str(manifest)))
         if layers:
             console.show(tables.layers(manifest.chain.profiles))
+        if gate:
+            console.show(tables.gate(manifest.gate))
         console.show(tables.conversion(manifest.report))
         for text in () if quiet else manifest.assumptions:
             console.show(f"assumed {text}")

@@ -6,12 +6,12 @@ belong together, so that a slow moment of the machine meets both sides of a comp
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from t3c.core.formats import Dense, Format
+from t3c.core.gate import Measured
 
 Seconds = NDArray[np.float64]
 """Of one layer, in turns."""
@@ -19,44 +19,19 @@ Times = Mapping[str, Mapping[str, Seconds]]
 """Profile name -> site name -> seconds in turns."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One format of one site, measured against the dense form in the same library.
-
-    Attributes:
-        site: Name of the site.
-        format: The format.
-        seconds: Median time of the layer.
-        dense_seconds: Median time of its dense form.
-        ratio: Median of the ratios of all turns.
-        high: Upper end of the interval that holds that median (95 %).
-    """
-
-    site: str
-    format: Format
-    seconds: float
-    dense_seconds: float
-    ratio: float
-    high: float
-
-    @property
-    def kept(self) -> bool:
-        """Whether it wins beyond noise."""
-        return isinstance(self.format, Dense) or self.high < 1.0
+Verdicts = Mapping[tuple[str, Format], Measured]
+"""(site name, format) -> what was measured."""
 
 
-def judge(
-    profiles: Sequence[tuple[str, Mapping[str, Format]]], times: Times
-) -> tuple[Verdict, ...]:
-    """Every format that some profile uses, by site, from dense down.
+def judge(profiles: Sequence[tuple[str, Mapping[str, Format]]], times: Times) -> Verdicts:
+    """Every format that some profile uses at a site that the largest one has dense.
 
     Args:
-        profiles: (name, formats) from the smallest to the largest, which is dense where a format
-            can be judged; other sites are left out.
+        profiles: (name, formats) from the smallest to the largest.
         times: What was measured.
     """
     last, largest = profiles[-1]
-    verdicts = []
+    verdicts: dict[tuple[str, Format], Measured] = {}
     for site, whole in largest.items():
         if not isinstance(whole, Dense):
             continue
@@ -66,17 +41,13 @@ def judge(
             turns.setdefault(formats[site], []).append(times[name][site])
         for fmt, seen in turns.items():
             ratios = np.sort(np.concatenate([mine / base for mine in seen]))
-            verdicts.append(
-                Verdict(
-                    site,
-                    fmt,
-                    float(np.median(np.concatenate(seen))),
-                    float(np.median(base)),
-                    float(np.median(ratios)),
-                    _upper(ratios),
-                )
+            verdicts[site, fmt] = Measured(
+                seconds=float(np.median(np.concatenate(seen))),
+                dense_seconds=float(np.median(base)),
+                ratio=float(np.median(ratios)),
+                high=_upper(ratios),
             )
-    return tuple(verdicts)
+    return verdicts
 
 
 def _upper(sorted_ratios: Seconds) -> float:
@@ -87,7 +58,7 @@ def _upper(sorted_ratios: Seconds) -> float:
 
 
 def settle(
-    profiles: Sequence[tuple[str, Mapping[str, Format]]], verdicts: Sequence[Verdict]
+    profiles: Sequence[tuple[str, Mapping[str, Format]]], verdicts: Verdicts
 ) -> list[tuple[str, dict[str, Format]]]:
     """The profiles with the dense form wherever a format does not win; still nested.
 
@@ -98,13 +69,17 @@ def settle(
         profiles: (name, formats) from the smallest to the largest.
         verdicts: Of the formats.
     """
-    lost = {(v.site, v.format) for v in verdicts if not v.kept}
     dense: set[str] = set()
     made: list[tuple[str, dict[str, Format]]] = []
     for name, formats in profiles:
-        dense |= {site for site, fmt in formats.items() if (site, fmt) in lost}
+        dense |= {site for site, fmt in formats.items() if _lost(verdicts, site, fmt)}
         mine = {s: Dense(8) if s in dense else fmt for s, fmt in formats.items()}
         if made and made[-1][1] == mine:
             made.pop()
         made.append((name, mine))
     return made
+
+
+def _lost(verdicts: Verdicts, site: str, fmt: Format) -> bool:
+    found = verdicts.get((site, fmt))
+    return found is not None and fmt != Dense(8) and not found.wins

@@ -18,6 +18,7 @@ from t3c.core.certificate import Certificate, Observed
 from t3c.core.errors import ArtifactError
 from t3c.core.fields import Fields
 from t3c.core.formats import parse_format
+from t3c.core.gate import GateRow, Measured
 from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.report import ConversionReport, Outcome, Row
 from t3c.core.structure import Tree, leaves, problem
@@ -158,6 +159,7 @@ class Manifest:
         profiles: Smallest first.
         versions: Tool name -> version: t3c, torch, tvm and others.
         report: What happened to every layer.
+        gate: Every format of every layer that was considered, with its times.
         assumptions: What `lower` assumed because the user did not say.
         calibration_sha256: Hash of the calibration inputs; None if nothing was calibrated.
         created: UTC, ISO 8601; SOURCE_DATE_EPOCH is honoured.
@@ -175,6 +177,7 @@ class Manifest:
     profiles: tuple[CompiledProfile, ...]
     versions: Mapping[str, str]
     report: ConversionReport = field(default_factory=ConversionReport)
+    gate: tuple[GateRow, ...] = ()
     assumptions: tuple[str, ...] = ()
     calibration_sha256: str | None = None
     created: str = field(default_factory=lambda: _now())
@@ -233,6 +236,7 @@ class Manifest:
             "output_tree": self.output_tree,
             "profiles": [_profile_to_json(p) for p in self.profiles],
             "report": self.report.to_json(),
+            "gate": [_gate_to_json(row) for row in self.gate],
             "assumptions": list(self.assumptions),
             "calibration_sha256": self.calibration_sha256,
             "files": [asdict(f) for f in self.files],
@@ -271,6 +275,7 @@ class Manifest:
                 output_tree=f.mapping("output_tree"),
                 profiles=f.each("profiles", _profile_from_json),
                 report=ConversionReport(f.each("report", _row_from_json)),
+                gate=f.each("gate", _gate_from_json),
                 assumptions=f.texts("assumptions"),
                 calibration_sha256=f.optional("calibration_sha256", f.text),
                 files=f.each("files", _file_from_json),
@@ -410,6 +415,33 @@ def _tensor_from_json(f: Fields) -> TensorSpec:
 def _row_from_json(f: Fields) -> Row:
     outcome: Outcome = f.choice("outcome", get_args(Outcome))
     return Row(f.text("where"), f.text("op"), outcome, f.text("reason"), f.text("rule"))
+
+
+def _gate_to_json(row: GateRow) -> dict[str, Any]:
+    return {
+        "site": row.site,
+        "format": str(row.format),
+        "predicted_s": row.predicted_s,
+        "dense_predicted_s": row.dense_predicted_s,
+        "measured": None if row.measured is None else asdict(row.measured),
+        "kept": row.kept,
+    }
+
+
+def _gate_from_json(f: Fields) -> GateRow:
+    return GateRow(
+        f.text("site"),
+        parse_format(f.text("format")),
+        f.number("predicted_s"),
+        f.number("dense_predicted_s"),
+        f.optional("measured", lambda k: f.within(k, _measured_from_json)),
+    )
+
+
+def _measured_from_json(f: Fields) -> Measured:
+    return Measured(
+        f.number("seconds"), f.number("dense_seconds"), f.number("ratio"), f.number("high")
+    )
 
 
 def _file_from_json(f: Fields) -> FileEntry:

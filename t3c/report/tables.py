@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from t3c.core.gate import GateRow
 from t3c.core.manifest import CompiledProfile
 from t3c.core.profile import Profile, Timing
 from t3c.core.report import ConversionReport
@@ -93,6 +94,28 @@ def conversion(report: ConversionReport, title: str = "Conversion report") -> Ta
     table = _table(title, ("layer", "op", "outcome", "reason", "pass"), ())
     for row in report.rows:
         table.add_row(row.where, row.op, row.outcome, row.reason, row.rule)
+    return table
+
+
+def gate(rows: Sequence[GateRow], title: str = "The no-slower gate") -> Table:
+    """One row per layer and format: predicted and measured times, and what followed."""
+    table = _table(
+        title,
+        ("layer", "format"),
+        ("predicted us", "of dense", "measured us", "of dense", "at most", "kept"),
+    )
+    for row in rows:
+        seen = row.measured
+        table.add_row(
+            row.site,
+            str(row.format),
+            number(row.predicted_s * 1e6),
+            number(row.predicted_s / row.dense_predicted_s),
+            number(None if seen is None else seen.seconds * 1e6),
+            number(None if seen is None else seen.ratio),
+            number(None if seen is None else seen.high),
+            "yes" if row.kept else "no",
+        )
     return table
 
 
