@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from t3c.codegen import cuda, machine_code
 from t3c.codegen.calls import Layout, Program, flatten, lay_out
 from t3c.codegen.entries import entry
-from t3c.codegen.expand import ProfileBuilder
+from t3c.codegen.expand import KernelOf, ProfileBuilder
 from t3c.codegen.families import families_of
 from t3c.codegen.generic import GenericBuilder
 from t3c.codegen.import_graph import import_program
@@ -139,7 +139,7 @@ def build(
                 built = _machine(module, target, store, weights, profiles, spec)
             else:
                 taps = [call.site for call in skeleton.site_calls()]
-                built = _native(module, target, store, weights, profiles, spec, taps)
+                built = _native(module, target, store, weights, profiles, spec, taps, writer.calls)
     except (RuntimeError, ValueError) as error:
         raise LoweringError(f"TVM cannot build the library for {spec.name!r}: {error}") from error
     say("done", steps, steps)
@@ -178,6 +178,7 @@ def _native(
     profiles: Mapping[str, Mapping[str, Format]],
     spec: TargetSpec,
     sites: Sequence[str],
+    written: Mapping[str, Sequence[KernelOf]],
 ) -> Built:
     """Functions that call their kernels one after the other over one arena."""
     with target:
@@ -206,7 +207,8 @@ def _native(
         checks.append(entry(f"probe_{name}", tapped, wider))
         checks.append(entry(f"trace_{name}", program, layout, trace=True))
         probes[name] = _probe(f"probe_{name}", sites, tapped, wider)
-        traces[name] = Trace(f"trace_{name}", tuple(call.kernel for call in program.calls))
+        called_for = _called_for(program, written[f"profile_{name}"])
+        traces[name] = Trace(f"trace_{name}", *zip(*called_for, strict=True))
         made[name] = BuiltProfile(
             function=f"profile_{name}",
             weights=program.weights,
@@ -219,6 +221,16 @@ def _native(
     called = [machine_code.entries(checks, target)]
     called += [machine_code.kernels(only, target)] if only else []
     return Built(made, store.tensors, spec, shipped, tuple(called), probes, traces)
+
+
+def _called_for(program: Program, written: Sequence[KernelOf]) -> list[KernelOf]:
+    """The layer of each call of a program: calls that were written for layers kept their order."""
+    left = list(reversed(written))
+    found: list[KernelOf] = []
+    for call in program.calls:
+        ours = bool(left) and left[-1][0] == call.kernel
+        found.append(left.pop() if ours else (call.kernel, None))
+    return found
 
 
 def _probe(function: str, sites: Sequence[str], program: Program, layout: Layout) -> Probe:

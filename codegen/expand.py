@@ -30,6 +30,10 @@ from t3c.core.formats import Format, LowRank
 from t3c.core.sites import ConvSite, LinearSite
 
 
+KernelOf = tuple[str, str | None]
+"""A kernel call: name of the kernel, and the site that it belongs to, if any."""
+
+
 class ProfileBuilder:
     """Writes the functions of all profiles into one module; kernels are shared among them."""
 
@@ -46,6 +50,7 @@ class ProfileBuilder:
         self.builder = relax.BlockBuilder(skeleton.module)
         self.quantized = _read_by_linear(skeleton, store)
         self.flow = plan_flow(skeleton, store.sites)
+        self.calls: dict[str, list[KernelOf]] = {}
 
     def module(self) -> Any:
         """The module with every profile added so far and without the skeleton."""
@@ -99,6 +104,7 @@ class ProfileBuilder:
                     out = relax.Tuple([*flat, *body.taps])
                 result = self.builder.emit_output(out)
             self.builder.emit_func_output(result)
+        self.calls[name] = body.calls
         return tuple(names)
 
     def body(self, names: list[str], weights: Any, formats: Mapping[str, Format]) -> "Body":
@@ -136,6 +142,8 @@ class Body:
         self.quantized: dict[tuple[Any, str], tuple[Any, ...]] = {}
         self.taps: list[Any] = []
         self.probe = False
+        self.site: str | None = None
+        self.calls: list[KernelOf] = []
         self.carrier = Carrier(self, owner.flow)
 
     def bind(self, old: Any, new: Any) -> None:
@@ -157,11 +165,13 @@ class Body:
         """Copy one binding, or replace it if it is an opaque call."""
         call = binding.value
         key = _opaque_key(call)
+        what = None if key is None else self.owner.skeleton.opaque[key]
+        self.site = what.site if isinstance(what, SiteCall) else None
         if key is None:
             self.carrier.demand(call)
             self.bind(binding.var, self.builder.emit(self.value(call)))
             return
-        what, fields = self.owner.skeleton.opaque[key], tuple(call.args[1].fields)
+        fields = tuple(call.args[1].fields)
         carried = self.owner.flow.carried
         if isinstance(what, PoolCall):
             self.carrier.pool(binding.var, fields[0], what)
@@ -202,6 +212,7 @@ class Body:
 
     def call(self, kernel: Kernel, args: list[Any]) -> Any:
         """One kernel call; the result is a tensor, or a tuple where the kernel has several."""
+        self.calls.append((kernel.name, self.site))
         types = [relax.TensorType(shape, dtype) for shape, dtype in kernel.outs]
         out = types[0] if len(types) == 1 else types
         return self.builder.emit(relax.call_tir(self.owner.kernel(kernel), args, out))

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -26,6 +28,7 @@ from t3c.codegen.tools import require
 from t3c.codegen.tune.network import operators, tune
 from t3c.codegen.tune.search import RECORDS
 from t3c.controller.plan import Plan, plan
+from t3c.controller.verdict import Verdicts, judge
 from t3c.core.artifact import Artifact, check_replaceable
 from t3c.core.codes import SiteCodes
 from t3c.core.errors import LoweringError, ParityError, PassError, TargetError
@@ -71,6 +74,10 @@ WARMUP = 5
 TIMING_SECONDS = 20.0
 """All profiles together are timed no longer than this, but at least `LEAST_CALLS` times."""
 LEAST_CALLS = 20
+TRACE_SECONDS = 4.0
+"""Layers are timed no longer than this, but in at least `LEAST_TURNS` turns."""
+TRACE_WARMUP, LEAST_TURNS, TRACE_TURNS = 2, 9, 40
+"""Turns of all profiles: not counted, at least, and at most."""
 SLOWER = 1.03
 """Median ratio to the dense profile above which a profile counts as slower; 3 % is noise."""
 ACTIVATIONS: Mapping[str, bool | None] = {"auto": None, "static": True, "dynamic": False}
@@ -226,27 +233,112 @@ def lower(
     )
     notes.add(*chosen.notes)
     tuned = _tuned(elastic, chosen, spec, tune_minutes, tune_folder, notes, progress)
-    built = _build(elastic, chosen, spec, progress, tuned)
-    chain = certify(elastic, chosen.chain, held, progress=progress)
-    manifest = _manifest(elastic, chain, built, spec, batches)
+    bench = _Bench(elastic, spec, batches, calls, notes, progress)
     with tempfile.TemporaryDirectory() as scratch:
-        library, checks = Path(scratch) / "model.so", Path(scratch) / "checks.so"
+        built = _build(elastic, chosen, spec, progress, tuned)
+        manifest, session = bench.prove(chosen, built, Path(scratch) / "first")
+        if session is not None and calls:
+            judged = chosen.judged(bench.layers(chosen, built, session))
+            if judged.chain != chosen.chain:
+                notes.add(_lost(chosen, judged))
+                built = _build(elastic, judged, spec, progress, tuned)
+                manifest, session = bench.prove(judged, built, Path(scratch) / "second")
+            chosen = judged
+        if session is not None and calls:
+            manifest = _timed(manifest, session, batches[0], calls, notes, progress)
+        manifest = _certified(manifest, elastic, held, progress)
+        manifest = replace(manifest, gate=chosen.gate, assumptions=tuple(notes.lines))
+        library = Path(scratch) / "model.so"
         built.save(library)
-        manifest = replace(manifest, stages=Stages(built=True))
-        prove = _Proof(elastic, built.probes, batches[:PARITY_INPUTS], progress)
-        machine = None if _runs_here(spec) else _emulator(spec, notes)
-        if _runs_here(spec) or machine is not None:
-            built.save(checks, checks=True)  # the same machine code, and the probes
-            draft = bundle.write(Path(scratch) / "draft", manifest, checks, built.tensors)
-            if machine is not None:
-                manifest = prove(manifest, emulate.Emulated(draft, machine).probe, "emulated")
-            else:
-                session = load(draft, hashes=False)
-                manifest = prove(manifest, session.probe, "device")
-                if calls:
-                    manifest = _timed(manifest, session, batches[0], calls, notes, progress)
-        manifest = replace(manifest, assumptions=tuple(notes.lines))
         return bundle.write(where, manifest, library, built.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """Runs what was built, where it can run."""
+
+    elastic: ElasticModel
+    spec: TargetSpec
+    batches: Sequence[Batch]
+    calls: int
+    notes: "_Notes"
+    progress: Progress | None
+
+    def prove(self, chosen: Plan, built: Built, scratch: Path) -> tuple[Manifest, Session | None]:
+        """What is known of a library once every profile was proved; a session on this machine.
+
+        Args:
+            chosen: Its chain.
+            built: The library.
+            scratch: Folder for drafts.
+
+        Raises:
+            ParityError: A profile does not compute what its torch reference computes.
+        """
+        manifest = _manifest(self.elastic, chosen.chain, built, self.spec, self.batches)
+        manifest = replace(manifest, stages=Stages(built=True))
+        here = _runs_here(self.spec)
+        machine = None if here else _emulator(self.spec, self.notes)
+        if not here and machine is None:
+            return manifest, None
+        scratch.mkdir()
+        checks = scratch / "checks.so"
+        built.save(checks, checks=True)  # the same machine code, and the probes
+        draft = bundle.write(scratch / "draft", manifest, checks, built.tensors)
+        prove = _Proof(self.elastic, built.probes, self.batches[:PARITY_INPUTS], self.progress)
+        if machine is not None:
+            return prove(manifest, emulate.Emulated(draft, machine).probe, "emulated"), None
+        session = load(draft, hashes=False)
+        return prove(manifest, session.probe, "device"), session
+
+    def layers(self, chosen: Plan, built: Built, session: Session) -> Verdicts:
+        """Formats against the dense form of their layers, the profiles traced in turn."""
+        names = [p.name for p in chosen.chain]
+        turns: dict[str, list[list[float]]] = {name: [] for name in names}
+        limit = time.monotonic() + TRACE_SECONDS
+        for turn in range(-TRACE_WARMUP, TRACE_TURNS):
+            if self.progress is not None:
+                self.progress("time layers", max(0, turn), TRACE_TURNS)
+            if turn >= LEAST_TURNS and time.monotonic() > limit:
+                break
+            for name in names:
+                (seconds,) = session.trace(built.traces[name], name, self.batches[0])
+                if turn >= 0:
+                    turns[name].append(seconds)
+        times = {n: _by_site(built.traces[n].sites, np.array(turns[n])) for n in names}
+        return judge([(p.name, p.formats) for p in chosen.chain], times)
+
+
+def _by_site(
+    sites: Sequence[str | None], seconds: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """Seconds [turns, kernels] as site name -> seconds [turns]."""
+    columns = np.array([s or "" for s in sites])
+    return {s: seconds[:, columns == s].sum(1) for s in dict.fromkeys(sites) if s is not None}
+
+
+def _lost(before: Plan, after: Plan) -> str:
+    """What the measured gate took away, in a line."""
+    lost = [r for r in after.gate if r.measured is not None and not r.kept]
+    shown = "; ".join(r.reason for r in lost[:3]) + ("; ..." if len(lost) > 3 else "")
+    return (
+        f"{len(lost)} formats are not faster than dense on this machine and were left out, "
+        f"{len(after.chain)} of {len(before.chain)} profiles remain: {shown}"
+    )
+
+
+def _certified(
+    manifest: Manifest, elastic: ElasticModel, held: list[Batch], progress: Progress | None
+) -> Manifest:
+    """The manifest with the observed drift of every profile."""
+    chain = certify(elastic, manifest.chain, held, progress=progress)
+    return replace(
+        manifest,
+        profiles=tuple(
+            replace(compiled, profile=replace(compiled.profile, certificate=p.certificate))
+            for compiled, p in zip(manifest.profiles, chain, strict=True)
+        ),
+    )
 
 
 @dataclass(slots=True)

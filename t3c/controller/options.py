@@ -1,9 +1,9 @@
 """What a site may become on a target: the menu, and the gate that keeps slower formats off it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.gate import GateRow
 from t3c.core.sites import ConvSite, LinearSite, Site
 from t3c.cost_models.base import AbstractCostModel, Row
 
@@ -12,34 +12,6 @@ SHARES = (0.75, 0.5, 0.35, 0.25, 0.125)
 FOUR_BITS = 0.8
 """A linear layer takes 4 bits for its smaller formats where dense int4 is predicted to need at most
 this share of dense int8's time: where weights are waited for."""
-
-
-@dataclass(frozen=True, slots=True)
-class GateDecision:
-    """Whether one format of one site came onto the menu, and why.
-
-    Attributes:
-        site: Name of the site.
-        format: The format.
-        seconds: Its predicted time of one call.
-        dense_seconds: Predicted time of the fastest dense format.
-        kept: Whether a profile may use it.
-    """
-
-    site: str
-    format: Format
-    seconds: float
-    dense_seconds: float
-    kept: bool
-
-    @property
-    def reason(self) -> str:
-        """The comparison, in words."""
-        verdict = "faster" if self.kept else "not faster"
-        return (
-            f"{self.format} at {self.site}: {self.seconds * 1e6:.0f} us predicted, {verdict} than "
-            f"dense at {self.dense_seconds * 1e6:.0f} us"
-        )
 
 
 def ranks(full: int, step: int, shares: Sequence[float] | None) -> list[int]:
@@ -100,7 +72,7 @@ def gate(
     cp: Mapping[str, int] | None = None,
     codes: bool = False,
     four: bool = False,
-) -> tuple[GateDecision, ...]:
+) -> tuple[GateRow, ...]:
     """Every format of every site, with its predicted time; kept where it is faster than dense.
 
     Dense formats are always kept and come first at each site.
@@ -115,16 +87,14 @@ def gate(
         codes: Whether int8 codes flow between convolutions.
         four: Whether the target has kernels of 4-bit weights.
     """
-    decisions: list[GateDecision] = []
+    rows: list[GateRow] = []
     for name, site in sites.items():
         thin = four and isinstance(site, LinearSite) and _waits(site, model, threads)
         menu = formats(site, step, shares, cp=(cp or {}).get(name, 0), four=thin)
         times = model.predict([Row(site, fmt, threads, codes) for fmt in menu])
         dense = min(t for fmt, t in zip(menu, times, strict=True) if isinstance(fmt, Dense))
-        for fmt, seconds in zip(menu, times, strict=True):
-            kept = isinstance(fmt, Dense) or seconds < dense
-            decisions.append(GateDecision(name, fmt, seconds, dense, kept))
-    return tuple(decisions)
+        rows += [GateRow(name, fmt, t, dense) for fmt, t in zip(menu, times, strict=True)]
+    return tuple(rows)
 
 
 def _waits(site: LinearSite, model: AbstractCostModel, threads: int) -> bool:

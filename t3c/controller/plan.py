@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -12,13 +13,15 @@ from t3c.controller import chain as search
 from t3c.controller.calibrate import collect, factorize, kind_of, round_weights
 from t3c.controller.damage import DamageTable, Menu, measure
 from t3c.controller.grids import fit_grids
-from t3c.controller.options import SHARES, GateDecision, gate
+from t3c.controller.options import SHARES, gate
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import Suffix
+from t3c.controller.verdict import Verdicts, settle
 from t3c.controller.work import other_bytes, peak_bytes, rest_of
 from t3c.core.codes import GROUP
 from t3c.core.errors import TargetError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.gate import GateRow
 from t3c.core.profile import Label, Profile, ProfileChain, Timing
 from t3c.core.sites import LinearSite, Site
 from t3c.cost_models import AbstractCostModel, cost_model
@@ -36,19 +39,48 @@ class Plan:
 
     Attributes:
         chain: Profiles with predicted latency and estimated bytes, smallest first.
-        gate: Every format considered, with its predicted time, kept or not.
+        gate: Every format considered, with its times, kept or not.
         table: Damage of the formats that were kept.
         drift: Profile name -> predicted relative drift (root of the summed damage).
         plain: Sites whose factors ignore the data, because they are too wide.
         notes: What the user should know, for example that there are fewer profiles than wanted.
+        sites: Site name -> site.
+        fixed: Costs that all profiles share.
     """
 
     chain: ProfileChain
-    gate: tuple[GateDecision, ...]
+    gate: tuple[GateRow, ...]
     table: DamageTable
     drift: Mapping[str, float]
     plain: tuple[str, ...]
     notes: tuple[str, ...]
+    sites: Mapping[str, Site]
+    fixed: "Fixed"
+
+    def judged(self, verdicts: Verdicts) -> "Plan":
+        """The plan with measured times in its gate, and without formats that do not win.
+
+        Args:
+            verdicts: What was measured on the target.
+        """
+        rows = tuple(
+            replace(row, measured=verdicts.get((row.site, row.format))) for row in self.gate
+        )
+        settled = settle([(p.name, p.formats) for p in self.chain], verdicts)
+        if len(settled) == len(self.chain) and all(
+            formats == p.formats for (_, formats), p in zip(settled, self.chain, strict=True)
+        ):
+            return replace(self, gate=rows)
+        predicted = {(row.site, row.format): row.predicted_s for row in self.gate}
+        plans = [
+            search.Plan(
+                formats,
+                math.fsum(predicted[item] for item in formats.items()),
+                self.table.damage(formats),
+            )
+            for _, formats in settled
+        ]
+        return replace(self, gate=rows, **_chain(plans, self.sites, self.fixed))
 
 
 def plan(
@@ -116,7 +148,7 @@ def plan(
             elastic.set_grids(fit_grids(elastic, batches))
     options = {
         name: [
-            search.Option(d.format, d.seconds, table.entries[name][d.format].damage)
+            search.Option(d.format, d.predicted_s, table.entries[name][d.format].damage)
             for d in decisions
             if d.site == name and d.kept
         ]
@@ -143,20 +175,35 @@ def plan(
             f"{len(plans)} of {profiles} profiles: on {spec.name!r} only {len(path)} different "
             f"choices are faster than dense (ranks are multiples of {spec.rank_step})"
         )
-    names = profile_names(len(plans))
     suffix = Suffix(elastic)
     suffix.load(batches[0])
     rest = rest_of(elastic.graph, suffix.values())
-    fixed = _Fixed(
+    fixed = Fixed(
         predict.predict_rest(rest, threads),
         rest,
         other_bytes(elastic.graph),
         peak_bytes(elastic.graph, suffix.values()),
         threads,
     )
-    made = [_profile(n, elastic.sites, p, fixed) for n, p in zip(names, plans, strict=True)]
+    return Plan(
+        **_chain(plans, elastic.sites, fixed),
+        gate=decisions,
+        table=table,
+        plain=plain,
+        notes=tuple(notes),
+        sites=elastic.sites,
+        fixed=fixed,
+    )
+
+
+def _chain(
+    plans: Sequence[search.Plan], sites: Mapping[str, Site], fixed: "Fixed"
+) -> dict[str, Any]:
+    """Profiles with their names, and their predicted drift."""
+    names = profile_names(len(plans))
+    made = [_profile(n, sites, p, fixed) for n, p in zip(names, plans, strict=True)]
     drift = {name: p.drift for name, p in zip(names, plans, strict=True)}
-    return Plan(ProfileChain(tuple(made)), decisions, table, drift, plain, tuple(notes))
+    return {"chain": ProfileChain(tuple(made)), "drift": drift}
 
 
 def _static(spec: TargetSpec, wanted: bool | None) -> bool:
@@ -178,7 +225,7 @@ def menu_of(
     threads: int = 1,
     *,
     codes: bool = False,
-) -> tuple[GateDecision, ...]:
+) -> tuple[GateRow, ...]:
     """The coarse menu, or every rank where the coarse one is too small for that many profiles."""
     cp = {n: (x.fit_ranks(CP) or (0,))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
     sites, step, four = elastic.sites, spec.rank_step, spec.roofline.int4_macs_s is not None
@@ -230,8 +277,16 @@ def storage_bytes(site: Site, fmt: Format) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fixed:
-    """What is the same in every profile."""
+class Fixed:
+    """What is the same in every profile: everything that is no elastic site.
+
+    Attributes:
+        seconds: Predicted time.
+        rest: Its work.
+        bytes: Of parameters and constants.
+        peak: Most bytes of activations alive at once.
+        threads: Of one call.
+    """
 
     seconds: float
     rest: Work
@@ -240,7 +295,7 @@ class _Fixed:
     threads: int
 
 
-def _profile(name: str, sites: Mapping[str, Site], plan: search.Plan, fixed: _Fixed) -> Profile:
+def _profile(name: str, sites: Mapping[str, Site], plan: search.Plan, fixed: Fixed) -> Profile:
     """A profile with predicted time, counted multiply-adds and estimated bytes."""
     stored = sum(storage_bytes(site, plan.formats[n]) for n, site in sites.items()) + fixed.bytes
     macs = sum(site.macs(plan.formats[n]) for n, site in sites.items()) + fixed.rest.f32_macs

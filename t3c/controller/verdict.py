@@ -82,4 +82,4 @@ def settle(
 
 def _lost(verdicts: Verdicts, site: str, fmt: Format) -> bool:
     found = verdicts.get((site, fmt))
-    return found is not None and fmt != Dense(8) and not found.wins
+    return found is not None and not isinstance(fmt, Dense) and not found.wins

@@ -35,7 +35,7 @@ class GateRow:
         site: Name of the layer.
         format: The format.
         predicted_s: Its predicted time.
-        dense_predicted_s: Predicted time of the dense int8 form.
+        dense_predicted_s: Predicted time of the fastest dense form.
         measured: What was measured on the target; None: nothing, or no profile asked for it.
     """
 
@@ -48,7 +48,7 @@ class GateRow:
     @property
     def kept(self) -> bool:
         """Whether profiles may use the format: measured times win over predicted ones."""
-        if isinstance(self.format, Dense) and self.format.bits == 8:
+        if isinstance(self.format, Dense):
             return True
         if self.measured is not None:
             return self.measured.wins
@@ -57,15 +57,16 @@ class GateRow:
     @property
     def reason(self) -> str:
         """The comparison, in words."""
+        what = f"{self.format} at {self.site}"
         if self.measured is None:
             verdict = "faster" if self.predicted_s < self.dense_predicted_s else "not faster"
             return (
-                f"{self.predicted_s * 1e6:.0f} us predicted, {verdict} than dense-int8 at "
+                f"{what}: {self.predicted_s * 1e6:.0f} us predicted, {verdict} than dense at "
                 f"{self.dense_predicted_s * 1e6:.0f} us"
             )
         verdict = "faster" if self.measured.wins else "not faster beyond noise"
         return (
-            f"{self.measured.seconds * 1e6:.0f} us measured, {verdict} than dense at "
+            f"{what}: {self.measured.seconds * 1e6:.0f} us measured, {verdict} than dense at "
             f"{self.measured.dense_seconds * 1e6:.0f} us "
             f"(ratio {self.measured.ratio:.2f}, at most {self.measured.high:.2f})"
         )

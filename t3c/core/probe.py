@@ -60,7 +60,9 @@ class Trace:
     Attributes:
         function: Its name; it takes an array of int64 behind the profile's arguments.
         kernels: Names, in the order of the calls.
+        sites: The elastic layer that each call belongs to; None: no layer.
     """
 
     function: str
     kernels: tuple[str, ...]
+    sites: tuple[str | None, ...]

@@ -75,7 +75,7 @@ def test_the_gate_never_keeps_a_slower_format(fine: bool) -> None:
     sites: dict[str, Site] = {"a": LinearSite("a", 96, 64, 7, True), "c": conv(128, 128)}
     shares = None if fine else (0.75, 0.5, 0.25)
     for d in gate(sites, 16, cost_model(VNNI), shares=shares):
-        assert d.kept == (isinstance(d.format, Dense) or d.seconds < d.dense_seconds)
+        assert d.kept == (isinstance(d.format, Dense) or d.predicted_s < d.dense_predicted_s)
 
 
 def test_layers_that_wait_for_weights_take_four_bits() -> None:
@@ -86,7 +86,7 @@ def test_layers_that_wait_for_weights_take_four_bits() -> None:
         assert [d.format for d in decode[:2]] == [Dense(8), Dense(4)]
         assert all(d.format.bits == 4 for d in decode[1:])
         assert all(at_most(b.format, a.format) for a, b in itertools.pairwise(decode))
-        assert decode[1].seconds < 0.7 * decode[0].seconds
-        assert all(d.seconds < decode[1].seconds for d in decode[2:] if d.kept)
+        assert decode[1].predicted_s < 0.7 * decode[0].predicted_s
+        assert all(d.predicted_s < decode[1].predicted_s for d in decode[2:] if d.kept)
         assert all(d.format.bits == 8 for d in decisions if d.site == "many")
     assert all(d.format.bits == 8 for d in gate({"one": one}, 64, cost_model(VNNI)))
