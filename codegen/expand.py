@@ -29,7 +29,6 @@ from t3c.codegen.weights import DepthwiseStep, WeightStore, conv_steps, rank_max
 from t3c.core.formats import Format, LowRank
 from t3c.core.sites import ConvSite, LinearSite
 
-
 KernelOf = tuple[str, str | None]
 """A kernel call: name of the kernel, and the site that it belongs to, if any."""
 
@@ -167,7 +166,7 @@ class Body:
         key = _opaque_key(call)
         what = None if key is None else self.owner.skeleton.opaque[key]
         self.site = what.site if isinstance(what, SiteCall) else None
-        if key is None:
+        if what is None:
             self.carrier.demand(call)
             self.bind(binding.var, self.builder.emit(self.value(call)))
             return

@@ -19,9 +19,10 @@ import t3c
 from t3c import api, targets
 from t3c.codegen.build import Built, build
 from t3c.core.artifact import Artifact
-from t3c.core.formats import at_most
+from t3c.core.formats import Dense, at_most
 from t3c.core.profile import Label
 from t3c.elastic.shadow import relative
+from t3c.targets.base import Roofline
 
 pytestmark = pytest.mark.skipif(
     not targets.cpu_features() & {"sse2"}, reason="target x86 runs on x86-64 only"
@@ -415,3 +416,29 @@ def test_a_library_that_computes_something_else_is_never_written(
     with damaged(monkeypatch, harm), pytest.raises(t3c.ParityError, match="relative error"):
         small(out=tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_measured_gate_decides(tmp_path: Path) -> None:
+    """A target that believes in arithmetic alone expects wins that small layers do not have."""
+    hopeful = replace(targets.detect_host(), roofline=Roofline(1e9, 1e12, 1e15, 1e-15, 1e-15, 1e-9))
+    model = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48)).eval()
+    told: list[str] = []
+    manifest = t3c.lower(
+        model,
+        hopeful,
+        (torch.randn(2, 48),),
+        tmp_path / "net",
+        profiles=3,
+        plan_seconds=0.2,
+        calls=5,
+        say=told.append,
+    ).manifest
+    rows = {(row.site, row.format): row for row in manifest.gate}
+    seen = {key for key, row in rows.items() if row.measured is not None}
+    assert {fmt for _, fmt in seen} > {Dense(8)}
+    for compiled in manifest.profiles:
+        for item in compiled.profile.formats.items():
+            assert rows[item].kept
+            assert isinstance(item[1], Dense) or item in seen
+    lost = [row for row in rows.values() if row.measured is not None and not row.kept]
+    assert any("not faster than dense on this machine" in line for line in told) == bool(lost)

@@ -28,12 +28,12 @@ def judge(profiles: Sequence[tuple[str, Mapping[str, Format]]], times: Times) ->
 
     Args:
         profiles: (name, formats) from the smallest to the largest.
-        times: What was measured.
+        times: What was measured; sites that were not are not judged.
     """
     last, largest = profiles[-1]
     verdicts: dict[tuple[str, Format], Measured] = {}
     for site, whole in largest.items():
-        if not isinstance(whole, Dense):
+        if not isinstance(whole, Dense) or site not in times[last]:
             continue
         base = times[last][site]
         turns: dict[Format, list[Seconds]] = {}

@@ -1,5 +1,7 @@
 """Profiles with 4-bit linear layers: built, equal to the reference, exact sums, fewer bytes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,13 @@ from t3c import targets
 from t3c.api import elasticize
 from t3c.codegen.build import build
 from t3c.codegen.exactness import check_accumulators
-from t3c.codegen.tvm_api import relax, tvm
 from t3c.core.errors import LoweringError
 from t3c.core.formats import Dense, Format, LowRank
+from t3c.core.manifest import TensorSpec
 from t3c.passes.pipeline import lowering_graph
+from t3c.runtime import tvm_vm
+from t3c.runtime.entry import NativeEntry, Scratch
+from t3c.runtime.weights import aligned_copy
 from t3c.targets.base import TargetSpec
 
 PROFILES: dict[str, dict[str, Format]] = {
@@ -39,7 +44,7 @@ def host() -> TargetSpec:
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-def test_four_bit_profiles_equal_their_reference(rows: int) -> None:
+def test_four_bit_profiles_equal_their_reference(rows: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     elastic = elasticize(Net(), (torch.randn(rows, 200),))
     used = {site: {p[site] for p in PROFILES.values()} for site in elastic.sites}
@@ -47,16 +52,20 @@ def test_four_bit_profiles_equal_their_reference(rows: int) -> None:
     graph = lowering_graph(elastic.graph)
     program = torch.export.export(graph, elastic.example_inputs, strict=False)
     built = build(program, elastic.sites, codes, PROFILES, host())
-    machine = relax.VirtualMachine(built.executable, tvm.cpu())
+    built.save(tmp_path / "model.so")
+    library = tvm_vm.Library(tmp_path / "model.so", "llvm")
     for name, formats in PROFILES.items():
         made = built.profiles[name]
-        weights = tuple(tvm.runtime.tensor(built.tensors[t]) for t in made.weights)
-        x = tvm.runtime.tensor(elastic.example_inputs[0].numpy())
-        (y,) = machine[made.function](x, weights)
+        weights = [tvm_vm.share(aligned_copy(built.tensors[t])) for t in made.weights]
+        out = [TensorSpec("y", (rows, 72), "float32")]
+        function = library.native(made.function)
+        call = NativeEntry(function, weights, made.arena_bytes or 0, out, Scratch())
+        x = tvm_vm.share(aligned_copy(elastic.example_inputs[0].numpy()))
+        (y,) = call([x], as_torch=False)
         with elastic.using(formats), torch.inference_mode():
             (want,) = elastic.graph(*elastic.example_inputs)
         # a unit in the last place may turn a rounding of the middle layers
-        assert np.linalg.norm(y.numpy() - want.numpy()) < 5e-3 * np.linalg.norm(want.numpy())
+        assert np.linalg.norm(y - want.numpy()) < 5e-3 * np.linalg.norm(want.numpy())
         checks = check_accumulators(elastic.sites, codes, formats, host())
         assert all(check.wrong == 0 for check in checks)
     sizes = [built.profiles[name].storage_bytes for name in PROFILES]
