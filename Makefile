@@ -2,7 +2,7 @@
 #   make test    install what the suite needs and run it
 #   make demo    the demonstration of README.md
 #   make check   every gate: lint, format, types, layers, suite
-#   make bench   one script of benchmarks/: make bench BENCH=peers BENCH_ARGS=--help
+#   make bench   whole networks against their peers; another script: make bench BENCH=layers BENCH_ARGS=--help
 #   make aarch64-runtime   TVM's ARM libraries, with which `lower` checks target arm under emulation
 # On Linux the plain torch wheel brings gigabytes of CUDA. If pip here is not set up for a CPU wheel, give
 # its index: make test TORCH_INDEX=<address that the torch site names for CPU wheels>.
@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
 TEST_ARGS ?=
-BENCH ?= peers
+BENCH ?= run
 BENCH_ARGS ?=
 
 BIN := .venv/bin
@@ -37,7 +37,7 @@ check: .venv/dev.stamp
 	$(BIN)/python -m pytest -ra $(TEST_ARGS)
 
 bench: .venv/bench.stamp
-	$(BIN)/python benchmarks/$(BENCH).py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.$(BENCH) $(BENCH_ARGS)
 
 aarch64-runtime: .venv/torch.stamp
 	rm -rf build/aarch64

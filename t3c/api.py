@@ -1,13 +1,14 @@
 """The composition root: model in, elastic model, chain of profiles, library, artifact, session."""
 
 import hashlib
+import json
 import os
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, count
 from pathlib import Path
@@ -143,6 +144,8 @@ def lower(
     conv: str = "tucker2",
     activations: str = "auto",
     plan_seconds: float | None = None,
+    planner: Callable[..., Plan] = plan,
+    checks: str | os.PathLike[str] | None = None,
     calls: int = 100,
     tune_minutes: float = 0.0,
     tune_folder: str | os.PathLike[str] | None = None,
@@ -166,6 +169,9 @@ def lower(
             calibration data, so that int8 tensors flow between them; ``dynamic``, to the range of
             each image; ``auto``, static where the target's kernels can.
         plan_seconds: Time for calibration and damage table; None: the planner's default.
+        planner: Chooses the chain; another one takes the arguments of `t3c.controller.plan.plan`.
+        checks: Where to keep the artifact whose library has probes and traces, for measurements of
+            single kernels (``traces.json`` names them); None: nowhere.
         calls: Most timed calls per profile where this machine can run the library, fewer where
             they take long; 0: none, and the profiles keep their predicted times.
         tune_minutes: Time for measuring how the kernels of this network are best cut into loops; 0:
@@ -222,7 +228,7 @@ def lower(
             f"data will drift more; with {HELD_OUT_FROM} calibration inputs or more, the last "
             "quarter is kept for it"
         )
-    chosen = plan(
+    chosen = planner(
         elastic,
         fitted,
         spec,
@@ -250,6 +256,12 @@ def lower(
         manifest = replace(manifest, gate=chosen.gate, assumptions=tuple(notes.lines))
         library = Path(scratch) / "model.so"
         built.save(library)
+        if checks is not None:
+            proving = Path(scratch) / "checks.so"
+            built.save(proving, checks=True)
+            bundle.write(Path(checks), manifest, proving, built.tensors)
+            traces = {name: asdict(trace) for name, trace in built.traces.items()}
+            (Path(checks) / "traces.json").write_text(json.dumps(traces))
         return bundle.write(where, manifest, library, built.tensors)
 
 
