@@ -22,7 +22,7 @@ from t3c.codegen.import_graph import (
 )
 from t3c.codegen.kernels.depthwise import grouped_conv
 from t3c.codegen.kernels.family import Kernel
-from t3c.codegen.kernels.norm import NormOptions, layer_norm
+from t3c.codegen.kernels.norm import NormOptions, layer_norm, rms_norm
 from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import relax, substitute
 from t3c.codegen.weights import DepthwiseStep, WeightStore, conv_steps, rank_max
@@ -237,11 +237,13 @@ class Body:
         return self.reshape(self.call(what.kernel, shaped), what.out_shape)
 
     def _norm(self, what: NormCall, args: list[Any], quantized: bool) -> Any:
-        """A layer norm; with the codes of its rows where a linear layer reads them."""
+        """A norm; with the codes of its rows where a linear layer reads them."""
         family = self.owner.store.families.linear
         rows, cols = prod(what.shape[:-1]), what.shape[-1]
         layout = family.rows_layout(rows) if quantized else None
-        kernel = layer_norm(rows, cols, what.eps, NormOptions(layout=layout))
+        norm = layer_norm if what.centred else rms_norm
+        options = NormOptions(shifted=what.centred, layout=layout)
+        kernel = norm(rows, cols, what.eps, options)
         result = self.call(kernel, [self.reshape(args[0], (rows, cols)), *args[1:]])
         if layout is None:
             return self.reshape(result, what.shape)

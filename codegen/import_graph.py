@@ -95,17 +95,19 @@ class KernelCall:
 
 @dataclass(frozen=True, slots=True)
 class NormCall:
-    """A layer norm over the last axis with gain and shift: arguments x, gamma, beta.
+    """A norm over the last axis: arguments x, gamma and, of a layer norm, beta.
 
     Where a linear layer reads the result, its codes are written in the same pass.
 
     Attributes:
         shape: Shape of x and of the result.
-        eps: Added to the variance.
+        eps: Added to the variance, or to the mean square.
+        centred: A layer norm; else a root mean square norm.
     """
 
     shape: tuple[int, ...]
     eps: float
+    centred: bool = True
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -243,6 +245,18 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         args = [importer.env[a] for a in (x, *affine)]
         return emit(importer, "layer_norm", NormCall(_shape(x), eps), args)
 
+    def rms_norm(node: torch.fx.Node, importer: Any) -> Any:
+        arguments: Any = node.args
+        x, gain, eps = arguments
+        what = NormCall(_shape(x), float(eps), centred=False)
+        return emit(importer, "rms_norm", what, [importer.env[a] for a in (x, gain)])
+
+    def generic_norm(node: torch.fx.Node, importer: Any) -> Any:
+        arguments: Any = node.args
+        x, gain = (importer.env[a] for a in arguments[:2])
+        norm = relax.op.nn.rms_norm(x, gain, axes=[-1], epsilon=float(arguments[2]))
+        return importer.block_builder.emit(norm)
+
     def snap(node: torch.fx.Node, importer: Any) -> Any:
         x, place, scale, signed = node.args
         grid = Grid(float(scale), bool(signed))  # type: ignore[arg-type]
@@ -269,11 +283,13 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         "site_conv.default": site,
     }
     if spec.linear == "generic":
-        return {**known, "attention.default": generic_attend}
+        generic = {"attention.default": generic_attend, "rms_norm.default": generic_norm}
+        return {**known, **generic}
     return {
         **known,
         "attention.default": attend,
         "layer_norm.default": norm,
+        "rms_norm.default": rms_norm,
         "snap.default": snap,
         "max_pool2d.default": pool,
     }

@@ -13,6 +13,7 @@ from t3c.passes.fold_batch_norm import FoldBatchNorm
 from t3c.passes.fold_constants import FoldConstants
 from t3c.passes.fuse_attention import FuseAttention
 from t3c.passes.fuse_epilogue import FuseEpilogue
+from t3c.passes.fuse_rms_norm import FuseRmsNorm
 from t3c.passes.place_grids import PlaceGrids
 from t3c.passes.place_sites import PlaceSites
 from t3c.passes.rewrite_conv import RewriteConv
@@ -43,6 +44,7 @@ def lowering_passes() -> tuple[AbstractPass, ...]:
         PlaceSites(),  # 1 sites by name
         FuseEpilogue(),  # 2 what kernels do on the way
         FuseAttention(),
+        FuseRmsNorm(),
         DeadCode(),  # 3 spelling that exporters know
         SpellViews(),
     )

@@ -5,10 +5,11 @@
     t3c::snap(x, place, scale, signed) -> as x
     t3c::attention(q [B, S, heads*D], k [B, T, kv_heads*D], v [B, T, kv_heads*Dv], mask, heads,
                    kv_heads, scale, causal) -> [B, S, heads*Dv]
+    t3c::rms_norm(x [..., n], gain [n], eps) -> [..., n]
 
 The two site operators name a site of an elastic model; only a compiled library can run them (or
-`t3c.passes.reference`). Snap rounds to a fixed grid (t3c.core.grid); it and attention run
-anywhere. Importing this module registers them with torch.
+`t3c.passes.reference`). Snap rounds to a fixed grid (t3c.core.grid); it, attention and the
+norm run anywhere. Importing this module registers them with torch.
 """
 
 import math
@@ -32,6 +33,7 @@ LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale, "
     "bool causal) -> Tensor"
 )
+LIBRARY.define("rms_norm(Tensor x, Tensor gain, float eps) -> Tensor")
 
 
 def _linear_shape(
@@ -118,13 +120,23 @@ def _attention_shape(
     return q.new_empty((*q.shape[:2], v.shape[2] // kv_heads * heads))
 
 
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """X over the root of its mean square plus eps, times the gain; along the last axis."""
+    return gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
 _SHAPES: dict[str, Callable[..., Tensor]] = {
     "site_linear": _linear_shape,
     "site_conv": _conv_shape,
     "attention": _attention_shape,
     "snap": lambda x, place, scale, signed: torch.empty_like(x),
+    "rms_norm": lambda x, gain, eps: x.new_empty(x.shape),
 }
-_ANYWHERE: dict[str, Callable[..., Tensor]] = {"attention": attention, "snap": snap}
+_ANYWHERE: dict[str, Callable[..., Tensor]] = {
+    "attention": attention,
+    "snap": snap,
+    "rms_norm": rms_norm,
+}
 for _name, _shape in _SHAPES.items():
     LIBRARY.impl(_name, _shape, "Meta")
     LIBRARY.impl(_name, _ANYWHERE.get(_name, _refuse), "CompositeExplicitAutograd")
@@ -133,3 +145,4 @@ SITE_LINEAR = torch.ops.t3c.site_linear.default
 SITE_CONV = torch.ops.t3c.site_conv.default
 SNAP = torch.ops.t3c.snap.default
 ATTENTION = torch.ops.t3c.attention.default
+RMS_NORM = torch.ops.t3c.rms_norm.default

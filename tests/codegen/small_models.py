@@ -46,13 +46,17 @@ class Convolutions(nn.Module):
 
 
 def lower(name: str, target: str | TargetSpec, out: Path) -> tuple[Artifact, list[str]]:
-    """Lower ``mlp``, ``block`` or ``conv``: the artifact and what was told."""
+    """Lower ``mlp``, ``rms``, ``block`` or ``conv``: the artifact and what was told."""
     torch.manual_seed(0)
     model: nn.Module
     match name:
         case "mlp":
             model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 10))
             inputs: tuple[Tensor, ...] = (torch.randn(5, 64),)
+        case "rms":
+            layers = nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 10)
+            model = nn.Sequential(nn.RMSNorm(64, 1e-6), *layers)
+            inputs = (torch.randn(5, 64),)
         case "block":
             model = Block()
             mask = torch.zeros(1, 1, 72, 72)

@@ -1,4 +1,4 @@
-"""Lowering graphs: place-sites, fuse-epilogue, fuse-attention, spell-views."""
+"""Lowering graphs: place-sites, fuse-epilogue, fuse-attention, fuse-rms-norm, spell-views."""
 
 from collections.abc import Callable
 
@@ -11,6 +11,7 @@ from t3c.core.errors import PassError
 from t3c.passes.base import AbstractPass, copy_graph, run_passes
 from t3c.passes.fuse_attention import FuseAttention
 from t3c.passes.fuse_epilogue import FuseEpilogue
+from t3c.passes.fuse_rms_norm import FuseRmsNorm
 from t3c.passes.pipeline import lowering_graph
 from t3c.passes.place_sites import PlaceSites
 from t3c.passes.spell_views import SpellViews
@@ -244,6 +245,41 @@ def test_what_does_not_fit_stays() -> None:
     model = Attention(lambda q, k, v: scaled_dot_product_attention(q, k, v))
     after = lowering_graph(elastic_graph(model, inputs)[0])
     assert "scaled_dot_product_attention" in targets(after)
+
+
+class Spelled(nn.Module):
+    """The norm as transformers writes it."""
+
+    def __init__(self, axis: int = -1) -> None:
+        super().__init__()
+        self.axis, self.weight = axis, nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        root = torch.rsqrt(x.pow(2).mean(self.axis, keepdim=True) + 1e-5)
+        return self.weight * (x * root)
+
+
+@pytest.mark.parametrize("norm", [Spelled(), nn.RMSNorm(8, 1e-5)], ids=["spelled", "whole"])
+class TestFuseRmsNorm(PassConformance):
+    @pytest.fixture(scope="class")
+    def step(self) -> AbstractPass:
+        return FuseRmsNorm()
+
+    @pytest.fixture(scope="class")
+    def inputs(self) -> list[Tensor]:
+        return [torch.randn(2, 5, 8)]
+
+    @pytest.fixture
+    def graph(self, norm: nn.Module, inputs: list[Tensor]) -> fx.GraphModule:
+        return elastic_graph(norm, inputs)[0]
+
+    def test_one_operator_is_left(self, graph: fx.GraphModule) -> None:
+        assert targets(lowering_graph(graph)) == ["t3c.rms_norm"]
+
+
+def test_a_norm_over_another_axis_stays() -> None:
+    graph = elastic_graph(Spelled(1), [torch.randn(2, 5, 8)])[0]
+    assert "t3c.rms_norm" not in targets(lowering_graph(graph))
 
 
 class TestSpellViews(PassConformance):
