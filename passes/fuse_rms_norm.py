@@ -68,10 +68,12 @@ def _factors(node: object) -> list[tuple[Any, Any]]:
 
 def _eps(root: Any, x: fx.Node) -> float | None:
     """Eps, if `root` is rsqrt(mean(x ** 2, -1) + eps)."""
-    total = root.args[0] if is_call(root, aten.rsqrt.default) else None
+    if not is_call(root, aten.rsqrt.default):
+        return None
+    total: Any = root.args[0]
     if not is_call(total, aten.add.Tensor) or not isinstance(total.args[1], float):
         return None
-    mean = total.args[0]
+    mean: Any = total.args[0]
     if not is_call(mean, aten.mean.dim) or not argument(mean, 2, "keepdim", False):
         return None
     axes = [int(a) % len(shape_of(x)) for a in mean.args[1]]
