@@ -147,6 +147,7 @@ def lower(
     planner: Callable[..., Plan] = plan,
     checks: str | os.PathLike[str] | None = None,
     calls: int = 100,
+    threads: int | None = None,
     tune_minutes: float = 0.0,
     tune_folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -174,6 +175,7 @@ def lower(
             single kernels (``traces.json`` names them); None: nowhere.
         calls: Most timed calls per profile where this machine can run the library, fewer where
             they take long; 0: none, and the profiles keep their predicted times.
+        threads: Threads of the timed calls; None: see `load`.
         tune_minutes: Time for measuring how the kernels of this network are best cut into loops; 0:
             none, the package's records for this machine hold, and else the families' rules.
         tune_folder: Where the search keeps what it found, and goes on when it is called again; with
@@ -239,7 +241,7 @@ def lower(
     )
     notes.add(*chosen.notes)
     tuned = _tuned(elastic, chosen, spec, tune_minutes, tune_folder, notes, progress)
-    bench = _Bench(elastic, spec, batches, calls, notes, progress)
+    bench = _Bench(elastic, spec, batches, calls, threads, notes, progress)
     with tempfile.TemporaryDirectory() as scratch:
         built = _build(elastic, chosen, spec, progress, tuned)
         manifest, session = bench.prove(chosen, built, Path(scratch) / "first")
@@ -273,6 +275,7 @@ class _Bench:
     spec: TargetSpec
     batches: Sequence[Batch]
     calls: int
+    threads: int | None
     notes: "_Notes"
     progress: Progress | None
 
@@ -300,7 +303,7 @@ class _Bench:
         prove = _Proof(self.elastic, built.probes, self.batches[:PARITY_INPUTS], self.progress)
         if machine is not None:
             return prove(manifest, emulate.Emulated(draft, machine).probe, "emulated"), None
-        session = load(draft, hashes=False)
+        session = load(draft, hashes=False, threads=self.threads)
         return prove(manifest, session.probe, "device"), session
 
     def layers(self, chosen: Plan, built: Built, session: Session) -> Verdicts:
@@ -658,7 +661,7 @@ def _timed(
                 f"dropped profile {name!r}: it took {ratio:.2f} times as long as {names[-1]!r}"
             )
             continue
-        latency = summarize(samples[name].tolist())
+        latency = summarize(samples[name].tolist(), session.threads)
         kept.append(replace(compiled, profile=replace(compiled.profile, latency=latency)))
     return replace(manifest, profiles=tuple(_increasing(kept)))
 

@@ -51,6 +51,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `t3c lower` wrote.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of each call; else the cores it may use.")
+]
 Inputs = Annotated[
     Path | None,
     typer.Option("--inputs", help="npz file: input name -> array. Default: invented, seed 0."),
@@ -203,6 +206,7 @@ def run(
     ram_mb: Annotated[float | None, typer.Option(help="Budget: memory, 10^6 B.")] = None,
     inputs: Inputs = None,
     outputs: Annotated[Path | None, typer.Option("--outputs", help="npz file to write.")] = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -218,7 +222,7 @@ def run(
         budget = {name: limit for name, limit in limits.items() if limit is not None}
         if profile is not None and budget:
             raise ValueError(f"--profile and a budget ({', '.join(budget)}) exclude each other")
-        session = _open(artifact)
+        session = _open(artifact, threads)
         if profile is not None:
             session.set_profile(profile)
         if budget:
@@ -274,20 +278,24 @@ def bench(
     calls: Annotated[int, typer.Option(help="Timed calls of each profile.")] = 200,
     warmup: Annotated[int, typer.Option(help="Calls before, not timed.")] = 10,
     inputs: Inputs = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Time all profiles, call by call in turn."""
     with command(as_json, quiet, debug) as console:
-        session = _open(artifact)
+        session = _open(artifact, threads)
         given = _inputs(session.manifest, inputs, console)
         names = [profile.name for profile in session.profiles]
         samples = session.samples(names, given, calls, warmup)
         summarize = import_module("t3c.runtime.session").summarize
         rows = [
             tables.BenchRow(
-                name, summarize(times), float(np.percentile(times, 90)), float(np.min(times))
+                name,
+                summarize(times, session.threads),
+                float(np.percentile(times, 90)),
+                float(np.min(times)),
             )
             for name, times in samples.items()
         ]
@@ -387,8 +395,8 @@ def main() -> None:
     app()
 
 
-def _open(path: Path) -> Any:
-    return import_module("t3c.runtime.session").load(path)
+def _open(path: Path, threads: int | None) -> Any:
+    return import_module("t3c.runtime.session").load(path, threads=threads)
 
 
 def _inputs(manifest: Manifest, path: Path | None, console: Out) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from t3c.core.errors import T3CError
 from t3c.core.manifest import TensorSpec
-from t3c.runtime import tvm_vm
+from t3c.runtime import threads, tvm_vm
 from t3c.runtime.weights import aligned_copy, aligned_empty
 
 
@@ -55,6 +55,7 @@ class NativeEntry:
         arena_bytes: int,
         outputs: Sequence[TensorSpec],
         scratch: Scratch,
+        count: int = 1,
     ) -> None:
         """Take what every call needs.
 
@@ -64,6 +65,7 @@ class NativeEntry:
             arena_bytes: Scratch memory of a call.
             outputs: What it writes.
             scratch: Where arenas come from.
+            count: Threads of a call.
         """
         self._function = function
         self._weights = tuple(weights)
@@ -72,6 +74,7 @@ class NativeEntry:
         self._bytes = max(1, arena_bytes)
         self._outputs = [(spec.shape, np.dtype(spec.dtype), spec.dtype) for spec in outputs]
         self._scratch = scratch
+        self._threads = count
 
     def __call__(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
         """See `Entry`.
@@ -101,6 +104,7 @@ class NativeEntry:
         Raises:
             T3CError: A kernel found no memory.
         """
+        threads.use(self._threads)
         if self._function(*inputs, self._addresses, arena, *rest) != 0:
             raise T3CError("a kernel failed: no memory for its scratch, or for its threads")
 
@@ -109,14 +113,17 @@ class NativeEntry:
 class MachineEntry:
     """A function of TVM's virtual machine, which allocates what it returns."""
 
-    def __init__(self, library: tvm_vm.Library, name: str, weights: Sequence[Any]) -> None:
-        """Look the function up, in this thread first."""
+    def __init__(
+        self, library: tvm_vm.Library, name: str, weights: Sequence[Any], count: int
+    ) -> None:
+        """Look the function up, in this thread first; a call uses `count` threads of the host."""
         library.function(name)
-        self._library, self._name = library, name
+        self._library, self._name, self._threads = library, name, count
         self._weights = tvm_vm.group(weights)
 
     def __call__(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
         """See `Entry`."""
+        threads.use(self._threads)
         outputs = self._library.function(self._name)(*inputs, self._weights)
         if as_torch:
             torch: Any = sys.modules["torch"]

@@ -25,24 +25,32 @@ from t3c.core.profile import Label, Profile, Timing
 from t3c.core.structure import Tree, flatten, unflatten
 from t3c.runtime import host, tvm_vm
 from t3c.runtime.entry import Entry, MachineEntry, NativeEntry, Scratch
+from t3c.runtime.threads import default_threads
 from t3c.runtime.weights import ALIGNMENT, Weights, aligned_copy, aligned_empty
 
 
-def load(artifact: str | os.PathLike[str] | Artifact, *, hashes: bool = True) -> "Session":
+def load(
+    artifact: str | os.PathLike[str] | Artifact, *, hashes: bool = True, threads: int | None = None
+) -> "Session":
     """Open an artifact on this machine.
 
     Args:
         artifact: Its folder, or what `lower` returned.
         hashes: Compare the SHA-256 of every file; sizes and paths are checked either way.
+        threads: Threads of each call, the caller among them; None: ``TVM_NUM_THREADS`` or
+            ``OMP_NUM_THREADS``, else the physical cores that this process may use.
 
     Raises:
         ArtifactError: Damaged, too new, or files that lead outside the folder.
         TargetError: Built for another machine.
+        ValueError: `threads` is below 1.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; at least 1 is needed")
     found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
     found.verify(hashes=hashes)
     host.check(found.manifest.target, found.library)
-    return Session(found)
+    return Session(found, threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +76,16 @@ class Session:
     Attributes:
         path: Folder of the artifact.
         manifest: What the artifact says of itself.
+        threads: Threads of each call, the caller among them. Every calling thread has workers of
+            its own: sessions that are called at the same time should share the cores out.
         weight_bytes_copied: Bytes of weights that had to be copied at load; no switch adds to it.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         """Load library and weights; use `t3c.load`, which also verifies the files."""
         self.path: Path = artifact.path
         self.manifest: Manifest = artifact.manifest
+        self.threads = default_threads() if threads is None else threads
         self.weight_bytes_copied = 0
         self._library = tvm_vm.Library(artifact.library, self.manifest.target.kind)
         self._weights = Weights(artifact.weights)
@@ -179,7 +190,7 @@ class Session:
             warmup: Calls before, not timed.
         """
         samples = self.samples((profile,), inputs, calls, warmup)[profile]
-        return summarize(samples)
+        return summarize(samples, self.threads)
 
     def samples(
         self,
@@ -266,7 +277,7 @@ class Session:
         entry: Entry
         if compiled.arena_bytes is None:
             tensors = [self._tensor(name) for name in compiled.weights]
-            entry = MachineEntry(self._library, compiled.function, tensors)
+            entry = MachineEntry(self._library, compiled.function, tensors, self.threads)
         else:
             entry = self._native(compiled.function, compiled)
         return Variant(compiled.profile, entry, self)
@@ -278,6 +289,7 @@ class Session:
             compiled.arena_bytes or 0,
             self.manifest.outputs,
             self._scratch,
+            self.threads,
         )
 
     def _tensor(self, name: str) -> Any:
@@ -393,10 +405,10 @@ def _contiguous(value: Any) -> bool:
     return bool(tvm_vm.share(value).is_contiguous())
 
 
-def summarize(samples: Sequence[float]) -> Timing:
-    """Median and 95th percentile of measured seconds."""
+def summarize(samples: Sequence[float], threads: int) -> Timing:
+    """Median and 95th percentile of measured seconds of calls on so many threads."""
     p50, p95 = np.percentile(samples, (50, 95))
-    return Timing(float(p50), float(p95), Label.MEASURED, len(samples), tvm_vm.threads())
+    return Timing(float(p50), float(p95), Label.MEASURED, len(samples), threads)
 
 
 __all__ = ["ALIGNMENT", "Binder", "Session", "Variant", "check_input", "load", "summarize"]

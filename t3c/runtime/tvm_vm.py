@@ -20,9 +20,8 @@ Tensor = Any
 Function = Callable[..., Any]
 
 
-def threads() -> int:
-    """Threads that a call may use."""
-    return int(runtime.num_threads())
+configure_pool: Function = tvm_ffi.get_global_func("runtime.config_threadpool")
+"""Of the calling thread: (mode, number of threads, processors)."""
 
 
 class Library:
