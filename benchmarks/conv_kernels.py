@@ -30,7 +30,7 @@ import tvm
 from torch import nn
 
 from t3c.codegen.kernels.conv_amx import AmxConv
-from t3c.codegen.kernels.conv_portable import PortableConv
+from t3c.codegen.kernels.conv_avx2 import Avx2Conv
 from t3c.codegen.kernels.conv_vnni import VnniConv
 from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Flow, Image, Kernel
 from t3c.codegen.script import read_function
@@ -56,7 +56,7 @@ PICKS = (("cpu_median_us", 0, 50), ("cpu_quiet_us", 0, 10), ("wall_quiet_us", 1,
 FAMILIES: dict[str, tuple[AbstractConvKernels, str]] = {
     "x86-vnni": (VnniConv(), "icelake-server"),
     "x86-amx": (AmxConv(), "sapphirerapids"),
-    "portable": (PortableConv(), "x86-64-v3"),
+    "x86-avx2": (Avx2Conv(), "x86-64-v3"),
 }
 
 

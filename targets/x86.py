@@ -69,7 +69,7 @@ AVX2 = TargetSpec(
     arch=None,
     features=_V3,
     linear="x86-avx2",
-    conv="portable",
+    conv="x86-avx2",
     rank_step=16,
     vector=8,
     # Not measured: half of the paper peak of vpmaddwd at 3 GHz (benchmarks/roofline.md).

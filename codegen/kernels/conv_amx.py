@@ -8,11 +8,13 @@ the sixteen pixels may run over the end of a row: what lies between rows is comp
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from t3c.codegen.kernels import conv_flow
 from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Spot, row_of
 from t3c.codegen.kernels.conv_x86 import AbstractX86Conv
 from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, i32, lanes
-from t3c.codegen.kernels.family import Flow
+from t3c.codegen.kernels.family import ConvShape, Flow, Packed
 from t3c.codegen.kernels.image_codes import Grid
+from t3c.core.codes import F32, Matrix
 
 ROWS = 16
 """Rows of a tile."""
@@ -30,6 +32,10 @@ class AmxConv(AbstractX86Conv):
 
     name: ClassVar[str] = "x86-amx"
     wide: ClassVar[bool] = True
+
+    def pack(self, w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
+        """Weights [out / 16, words, 16, 4] int8; starts, scale and bias of each channel."""
+        return conv_flow.pack(w, bias, shape)
 
     def product(self, output: Output, depth: Depth, most: tuple[int, int], epilogue: str) -> None:
         """See `AbstractX86Conv.product`."""

@@ -318,12 +318,13 @@ class Output:
                     else:
                         residual = self._residual(more[p], f"{group} + {v}")
                         value = e.let("v", f"{residual} * {ratio} + {value}")
-                codes.append((p, v, e.let("q", rounded(value))))
+                codes.append((p, v, value))
         pixels = self._pixels(Grid(target), b, spots)
         count = len(acc)
         for first in range(0, len(codes), 4):
             four = codes[first : first + 4]
-            packed = pack_codes(e, [code for _, _, code in four], signed=target.signed)
+            values = [value for _, _, value in four]
+            packed = codes_of(e, values, signed=target.signed, wide=self.wide)
             begin = 0
             while begin < len(four):
                 p, vector, _ = four[begin]
@@ -373,8 +374,9 @@ class Output:
                 value = activate(e, self.steps, value, residual)
                 if self.flow.target is not None:
                     grid = Grid(self.flow.target)
-                    scaled = e.let("q", rounded(f"{value} * {splat('range_out[1]')}"))
-                    packed = pack_codes(e, [scaled], signed=self.flow.target.signed)
+                    scaled = e.let("q", f"{value} * {splat('range_out[1]')}")
+                    signed = self.flow.target.signed
+                    packed = codes_of(e, [scaled], signed=signed, wide=self.wide)
                     (where,) = self._pixels(grid, b, [Spot(row, spot)])
                     to = f"{where} + ({channels}) * {LANES}"
                     store_bytes(e, "words", to, packed, min(LANES, grid.depth))
@@ -448,22 +450,22 @@ def _wide(e: Emitter, grid: Grid, name: str, pixel: str, channels: str) -> str:
     return e.let("r", f'T.cast({code}, "float32x16")')
 
 
-def rounded(vector: str) -> str:
-    """Float32 to int32, to the nearest even: one instruction."""
-    return (
-        f'T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", {vector}, '
-        f"{i32(0)}, T.int16(-1), T.int32(4))"
-    )
+def codes_of(e: Emitter, values: Sequence[str], *, signed: bool, wide: bool) -> str:
+    """Up to four float32 vectors as codes, saturated: bytes, vector after vector; 64 of them."""
+    if not wide:
+        return _joined(e, [*values, *[values[-1]] * (4 - len(values))], signed=signed)
 
-
-def pack_codes(e: Emitter, values: Sequence[str], *, signed: bool) -> str:
-    """Up to four int32 vectors, saturated to codes: bytes, vector after vector; 64 of them."""
-    four = [*values, *[values[-1]] * (4 - len(values))]
+    def rounded(vector: str) -> str:  # to the nearest even: one instruction
+        name = "llvm.x86.avx512.mask.cvtps2dq.512"
+        rest = f"{i32(0)}, T.int16(-1), T.int32(4)"
+        return f'T.call_llvm_pure_intrin("int32x16", "{name}", {vector}, {rest})'
 
     def narrow(dtype: str, name: str, a: str, b: str) -> str:
         line = f'T.call_llvm_pure_intrin("{dtype}", "llvm.x86.avx512.{name}.512", {a}, {b})'
         return e.let("n", line)
 
+    four = [e.let("q", rounded(value)) for value in values]
+    four += four[-1:] * (4 - len(four))
     words = [
         narrow("int16x32", "packssdw", four[2 * i], four[2 * i + 1])
         for i in range(2 if len(values) > 2 else 1)
@@ -477,6 +479,31 @@ def pack_codes(e: Emitter, values: Sequence[str], *, signed: bool) -> str:
     dwords = f'T.reinterpret({packed}, dtype="int32x16")'
     turned = f"T.Shuffle([{dwords}], {[4 * k + v for v in range(4) for k in range(4)]})"
     return e.let("n", f'T.reinterpret({turned}, dtype="uint8x64")')
+
+
+def _joined(e: Emitter, values: Sequence[str], *, signed: bool) -> str:
+    """`codes_of` with the instructions of AVX2, two vectors at a time."""
+
+    def call(dtype: str, name: str, *args: str) -> str:
+        return e.let(
+            "n", f'T.call_llvm_pure_intrin("{dtype}", "llvm.x86.{name}", {", ".join(args)})'
+        )
+
+    found = []
+    for pair in (values[:2], values[2:]):
+        words = []
+        for value in pair:
+            half = [f"T.Shuffle([{value}], {list(range(8 * i, 8 * i + 8))})" for i in (0, 1)]
+            whole = [call("int32x8", "avx.cvt.ps2dq.256", h) for h in half]
+            words.append(call("int16x16", "avx2.packssdw", *whole))
+        packed = call("int8x32", "avx2.packsswb" if signed else "avx2.packuswb", *words)
+        if signed:
+            low, top = (f"T.broadcast(T.int8({v}), 32)" for v in (-127, -128))
+            packed = e.let("n", f"T.bitwise_xor(T.max({packed}, {low}), {top})")
+        dwords = f'T.reinterpret({packed}, dtype="int32x8")'
+        turned = f"T.Shuffle([{dwords}], [0, 4, 1, 5, 2, 6, 3, 7])"
+        found.append(e.let("n", f'T.reinterpret({turned}, dtype="uint8x32")'))
+    return e.let("n", f"T.Shuffle([{', '.join(found)}], {list(range(64))})")
 
 
 def transpose(e: Emitter, rows: Sequence[str]) -> list[str]:

@@ -10,12 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from t3c.codegen.kernels import conv_flow
 from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Run, row_of, runs
 from t3c.codegen.kernels.conv_x86 import AbstractX86Conv, op_of, shape_of
 from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, i32, lanes
-from t3c.codegen.kernels.family import Flow, Image, Kernel
+from t3c.codegen.kernels.family import ConvShape, Flow, Image, Kernel, Packed
 from t3c.codegen.kernels.image_codes import Grid
 from t3c.codegen.kernels.schedule import Op, Schedule, Scheduled
+from t3c.core.codes import F32, Matrix
 
 PARALLEL_MACS = 1 << 23
 """Multiply-adds worth several threads: about 50 us of one."""
@@ -83,6 +85,10 @@ class VnniConv(AbstractX86Conv, Scheduled):
         target = Image(s.batch, s.out_channels, s.out_size, 1, signed=False)
         residual = target if "add" in op.epilogue else None
         return self.flow(Flow(s, source, target, residual), None, op.epilogue)
+
+    def pack(self, w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
+        """Weights [out / 16, words, 16, 4] int8; starts, scale and bias of each channel."""
+        return conv_flow.pack(w, bias, shape)
 
     def product(
         self, output: Output, depth: Depth, most: tuple[int, int], epilogue: str

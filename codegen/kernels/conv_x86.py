@@ -24,11 +24,9 @@ from t3c.codegen.kernels.family import (
     Flow,
     Image,
     Kernel,
-    Packed,
 )
 from t3c.codegen.kernels.image_codes import PARALLEL_ELEMENTS, RANGE, Encoder, Grid
 from t3c.codegen.kernels.schedule import Op, Schedule, epilogue_class
-from t3c.core.codes import F32, Matrix
 
 _SIZES = (("k", "kernel"), ("s", "stride"), ("p", "padding"), ("d", "dilation"))
 
@@ -93,10 +91,6 @@ class AbstractX86Conv(AbstractConvKernels):
         name = f"conv_quantize_{grid.tag()}"
         outs = (grid.out(), ((shape.batch,), "float32"))
         return Kernel(name, e.function(name, params), outs)
-
-    def pack(self, w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
-        """Weights [out / 16, words, 16, 4] int8; starts, scale and bias of each channel."""
-        return conv_flow.pack(w, bias, shape)
 
     def conv(
         self,
