@@ -80,6 +80,13 @@ class Fields:
             )
         return tuple(values)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        values = self.get(key, list)
+        if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            raise ArtifactError(f"{self.where(key)}: expected numbers only, got {values!r:.60}")
+        return tuple(float(v) for v in values)
+
     def choice(self, key: str, allowed: tuple[str, ...]) -> Any:
         """One of the allowed strings."""
         if (value := self.text(key)) not in allowed:

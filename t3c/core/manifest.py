@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, Literal, Self, get_args
 
-from t3c.core.certificate import Certificate, Observed
+from t3c.core.certificate import Bound, Calibrated, Certificate, Observed
 from t3c.core.errors import ArtifactError
 from t3c.core.fields import Fields
 from t3c.core.formats import parse_format
@@ -325,7 +325,7 @@ def _profile_to_json(compiled: CompiledProfile) -> dict[str, Any]:
         "certificate": {
             "proxy": _number(c.proxy),
             "sound": _number(c.sound),
-            "calibrated": _number(c.calibrated),
+            "calibrated": None if c.calibrated is None else _calibrated_to_json(c.calibrated),
             "observed": None if c.observed is None else asdict(c.observed),
         },
         "parity": None if compiled.parity is None else asdict(compiled.parity),
@@ -368,8 +368,36 @@ def _certificate_from_json(f: Fields) -> Certificate:
     return Certificate(
         f.optional("proxy", f.number),
         f.optional("sound", f.number),
-        f.optional("calibrated", f.number),
+        f.optional("calibrated", lambda k: f.within(k, _calibrated_from_json)),
         f.optional("observed", lambda k: f.within(k, _observed_from_json)),
+    )
+
+
+def _calibrated_to_json(found: Calibrated) -> dict[str, Any]:
+    bounds = [
+        {
+            "level": b.level,
+            "value": _number(b.value),
+            "raw": _number(b.raw),
+            "teacher": _number(b.teacher),
+            "coverage": list(b.coverage),
+        }
+        for b in found.bounds
+    ]
+    return {"bounds": bounds, "inputs": found.inputs, "sha256": found.sha256}
+
+
+def _calibrated_from_json(f: Fields) -> Calibrated:
+    return Calibrated(f.each("bounds", _bound_from_json), f.whole("inputs"), f.text("sha256"))
+
+
+def _bound_from_json(f: Fields) -> Bound:
+    return Bound(
+        f.number("level"),
+        f.number("value"),
+        f.number("raw"),
+        f.number("teacher"),
+        f.numbers("coverage"),
     )
 
 

@@ -1,6 +1,7 @@
 """The manifest round-trips, tolerates additions and names every field that is wrong."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from t3c.core.artifact import Artifact, seal, write_atomic, writing
-from t3c.core.certificate import Certificate
+from t3c.core.certificate import Bound, Calibrated, Certificate
 from t3c.core.errors import ArtifactError
 from t3c.core.formats import Dense, LowRank
 from t3c.core.manifest import (
@@ -24,6 +25,12 @@ from t3c.core.profile import Energy, Label, Profile, Timing
 from t3c.core.report import ConversionReport, Row
 from t3c.core.structure import LEAF
 
+CALIBRATED = Calibrated(
+    (Bound(0.9, 0.5, 0.4, 0.3, (0.8, 1.0, 0.9)), Bound(0.99, math.inf, math.inf, 1.0, ())),
+    40,
+    "ab" * 32,
+)
+
 
 def profile(name: str, rank: int) -> CompiledProfile:
     return CompiledProfile(
@@ -35,7 +42,7 @@ def profile(name: str, rank: int) -> CompiledProfile:
             ram_bytes=200 * rank,
             latency=Timing(1e-3, 2e-3, Label.MEASURED, 100, 2),
             energy=Energy(1e-3, Label.ESTIMATED),
-            certificate=Certificate(proxy=1.0, calibrated=float("inf")),
+            certificate=Certificate(proxy=1.0, calibrated=CALIBRATED),
         ),
         f"profile_{name}",
         ("fc.low", "fc.high"),

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from t3c.core.certificate import Certificate, Observed
+from t3c.core.certificate import Bound, Calibrated, Certificate, Observed
 from t3c.core.formats import Dense, LowRank
 from t3c.core.manifest import CompiledProfile, Parity
 from t3c.core.profile import Energy, Label, Profile, Timing
@@ -14,6 +14,7 @@ from t3c.core.report import ConversionReport, Row
 from t3c.report import tables
 
 BARE = Profile("tiny", {"fc": LowRank(8)}, 2_000_000, 3_000_000, 4_000_000)
+UNBOUNDED = Calibrated((Bound(0.9, math.inf, math.inf, 0.1, (1.0,)),), 4, "ab" * 32)
 FULL = Profile(
     "max",
     {"fc": Dense(8)},
@@ -22,7 +23,7 @@ FULL = Profile(
     7_000_000,
     Timing(1e-3, 2e-3, Label.MEASURED, 9),
     Energy(3e-3, Label.ESTIMATED),
-    Certificate(1.5, None, math.inf, Observed(0.1, 0.1, 0.25, 0.3, 0.01, None, 8)),
+    Certificate(1.5, None, UNBOUNDED, Observed(0.1, 0.1, 0.25, 0.3, 0.01, None, 8)),
 )
 
 

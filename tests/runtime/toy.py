@@ -14,7 +14,7 @@ from t3c.codegen import machine_code
 from t3c.codegen.calls import Program, flatten, lay_out
 from t3c.codegen.entries import entry
 from t3c.core.artifact import Artifact
-from t3c.core.certificate import Certificate, Observed
+from t3c.core.certificate import Bound, Calibrated, Certificate, Observed
 from t3c.core.formats import Dense, LowRank
 from t3c.core.manifest import (
     CompiledProfile,
@@ -92,6 +92,11 @@ def library() -> bytes:
         return path.read_bytes()
 
 
+def calibrated(bound: float) -> Calibrated:
+    """A bound, invented."""
+    return Calibrated((Bound(0.9, bound, bound, 0.05, (0.9, 1.0, 0.8)),), 30, "ab" * 32)
+
+
 def profile(name: str) -> Profile:
     """Costs of one profile, invented."""
     large = name == "max"
@@ -107,7 +112,7 @@ def profile(name: str) -> Profile:
         energy=Energy(2e-3, Label.ESTIMATED) if large else None,
         certificate=Certificate(
             proxy=0.25 if large else 1.5,
-            calibrated=0.1 if large else float("inf"),
+            calibrated=calibrated(0.1 if large else float("inf")),
             observed=Observed(0.1, 0.1, 0.2, 0.3, 0.01, None, 8),
         ),
     )
