@@ -20,7 +20,7 @@ from t3c.core.errors import (
 )
 
 if TYPE_CHECKING:
-    from t3c.api import elasticize, lower
+    from t3c.api import certify, elasticize, lower
     from t3c.runtime.session import Session, load
 
 __all__ = [
@@ -35,12 +35,14 @@ __all__ = [
     "Session",
     "T3CError",
     "TargetError",
+    "certify",
     "elasticize",
     "load",
     "lower",
 ]
 
 _LAZY = {
+    "certify": "t3c.api",
     "elasticize": "t3c.api",
     "lower": "t3c.api",
     "load": "t3c.runtime.session",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -19,9 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from t3c import targets
-from t3c.certificate.observed import certify
+from t3c.certificate import observed
+from t3c.certificate.calibrated import LEVELS, calibrate
+from t3c.certificate.library import library_scores
 from t3c.codegen.build import Built, build, is_host
 from t3c.codegen.families import tuned_schedules
 from t3c.codegen.kernels.schedule import Schedule
@@ -30,7 +34,8 @@ from t3c.codegen.tune.network import operators, tune
 from t3c.codegen.tune.search import RECORDS
 from t3c.controller.plan import Plan, plan
 from t3c.controller.verdict import Verdicts, judge
-from t3c.core.artifact import Artifact, check_replaceable
+from t3c.core.artifact import Artifact, check_replaceable, write_manifest
+from t3c.core.certificate import Certificate
 from t3c.core.codes import SiteCodes
 from t3c.core.errors import LoweringError, ParityError, PassError, TargetError
 from t3c.core.formats import Format
@@ -59,7 +64,7 @@ from t3c.runtime import bundle, emulate
 from t3c.runtime.session import Session, load, summarize
 from t3c.targets import TargetSpec
 
-__all__ = ["TOLERANCE", "elasticize", "load", "lower"]
+__all__ = ["TOLERANCE", "certify", "elasticize", "load", "lower"]
 
 Progress = Callable[[str, int, int], None]
 Model = nn.Module | ExportedProgram | ElasticModel
@@ -267,6 +272,61 @@ def lower(
         return bundle.write(where, manifest, library, built.tensors)
 
 
+def certify(
+    artifact: str | os.PathLike[str] | Artifact,
+    model: Callable[..., Any],
+    inputs: Sequence[tuple[Any, ...]],
+    *,
+    levels: Sequence[float] = LEVELS,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Artifact:
+    """Bound the drift of every profile by split-conformal calibration of the library itself.
+
+    The bounds hold for new inputs that are exchangeable with these: drawn alike, and used neither
+    for calibration nor for training. They go into the manifest, which is replaced whole.
+
+    Args:
+        artifact: Folder of an artifact that runs on this machine, or what `lower` returned.
+        model: The original model.
+        inputs: Arguments of calls, each a tuple, with the artifact's shapes.
+        levels: Shares of new inputs to cover, rising.
+        progress: Called with (what, done, total).
+        say: Told every remark, a line each; None: standard error.
+
+    Returns:
+        The artifact with `certificate.calibrated` of every profile.
+
+    Raises:
+        CertificateError: No inputs, or outputs that are not finite or do not match the library's.
+        ArtifactError: The artifact is damaged.
+        TargetError: It was built for another machine.
+        ValueError: A level is no share.
+    """
+    session = load(artifact)
+    tensors = [tuple(x for x in tree_leaves(args) if isinstance(x, Tensor)) for args in inputs]
+    found = calibrate(*library_scores(session, model, inputs, progress), _hash(tensors), levels)
+    manifest = _with_certificates(
+        session.manifest,
+        {
+            c.profile.name: replace(c.profile.certificate, calibrated=found[c.profile.name])
+            for c in session.manifest.profiles
+        },
+    )
+    notes = _Notes(say)
+    count = next(iter(found.values())).inputs
+    notes.add(
+        f"bounds from {count} inputs cover new inputs that are drawn like them, on average over "
+        "such draws; on other data they promise nothing"
+    )
+    for level in levels:
+        if math.ceil((count + 1) * level - 1e-9) > count:
+            least = math.ceil(level / (1 - level) - 1e-9)
+            notes.add(f"no finite bound at {level:g}: it needs at least {least} inputs")
+    write_manifest(session.path, manifest)
+    return Artifact(session.path, manifest)
+
+
 @dataclass(frozen=True, slots=True)
 class _Bench:
     """Runs what was built, where it can run."""
@@ -346,14 +406,17 @@ def _certified(
     manifest: Manifest, elastic: ElasticModel, held: list[Batch], progress: Progress | None
 ) -> Manifest:
     """The manifest with the observed drift of every profile."""
-    chain = certify(elastic, manifest.chain, held, progress=progress)
-    return replace(
-        manifest,
-        profiles=tuple(
-            replace(compiled, profile=replace(compiled.profile, certificate=p.certificate))
-            for compiled, p in zip(manifest.profiles, chain, strict=True)
-        ),
+    chain = observed.certify(elastic, manifest.chain, held, progress=progress)
+    return _with_certificates(manifest, {p.name: p.certificate for p in chain})
+
+
+def _with_certificates(manifest: Manifest, found: Mapping[str, Certificate]) -> Manifest:
+    """The manifest with a certificate for each profile, by name."""
+    profiles = tuple(
+        replace(c, profile=replace(c.profile, certificate=found[c.profile.name]))
+        for c in manifest.profiles
     )
+    return replace(manifest, profiles=profiles)
 
 
 @dataclass(slots=True)

@@ -273,6 +273,37 @@ def inspect(
 
 
 @app.command(epilog=EXIT_CODES)
+def certify(
+    artifact: Folder,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="The original model with held-out data: module:callable that returns (model, "
+            "example inputs, list of calls)."
+        ),
+    ],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Bound the drift of every profile from held-out inputs; the artifact keeps the bounds."""
+    with command(as_json, quiet, debug) as console:
+        original, _, data = load_model(model)
+        if data is None:
+            raise ValueError(
+                f"{model!r} returns no data; return (model, example inputs, list of calls), with "
+                "inputs that were used neither for calibration nor for training"
+            )
+        api: Any = import_module("t3c.api")
+        with _progress(console) as progress:
+            found: Artifact = api.certify(
+                artifact, original, data, progress=progress, say=console.remark
+            )
+        console.show(tables.bounds(found.manifest.profiles))
+        console.data({"artifact": str(found.path), "manifest": found.manifest.to_json()})
+
+
+@app.command(epilog=EXIT_CODES)
 def bench(
     artifact: Folder,
     calls: Annotated[int, typer.Option(help="Timed calls of each profile.")] = 200,

@@ -19,6 +19,7 @@ import t3c
 from t3c import api, targets
 from t3c.codegen.build import Built, build
 from t3c.core.artifact import Artifact
+from t3c.core.errors import CertificateError
 from t3c.core.formats import Dense, at_most
 from t3c.core.profile import Label
 from t3c.elastic.shadow import relative
@@ -442,3 +443,42 @@ def test_the_measured_gate_decides(tmp_path: Path) -> None:
             assert isinstance(item[1], Dense) or item in seen
     lost = [row for row in rows.values() if row.measured is not None and not row.kept]
     assert any("not faster than dense on this machine" in line for line in told) == bool(lost)
+
+
+def test_bounds_come_from_the_library_and_stay_in_the_artifact(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    artifact = small(model=model, example_inputs=(draw(0, 2, 96),), out=tmp_path / "net")
+    shape = artifact.manifest.inputs[0].shape
+    inputs = [(torch.randn(shape),) for _ in range(30)]
+    told: list[str] = []
+    found = t3c.certify(artifact, model, inputs, say=told.append)
+    assert Artifact.read(artifact.path).manifest == found.manifest
+    t3c.load(found)  # the files are those that the manifest lists
+    bounds = [c.profile.certificate.calibrated for c in found.manifest.profiles]
+    count = 30 * shape[0]
+    for small_one, large_one in pairwise(bounds):
+        assert small_one is not None
+        assert large_one is not None
+        assert small_one.inputs == large_one.inputs == count
+        for a, b in zip(small_one.bounds, large_one.bounds, strict=True):
+            assert a.value >= b.value
+    assert bounds[-1] is not None
+    ninety = bounds[-1].at(0.9)
+    assert ninety is not None
+    drift = [
+        float((run(*inputs[0])["logits"] - model(*inputs[0])["logits"]).detach().norm())
+        for run in [t3c.load(found).variants["max"]]
+    ]
+    assert 0 < ninety.value < 50 * drift[0]
+    assert ninety.teacher == 0.0
+    assert any("promise nothing" in line for line in told)
+
+
+def test_bounds_need_the_model_that_was_lowered(tmp_path: Path) -> None:
+    artifact = small(out=tmp_path / "net")
+    shape = artifact.manifest.inputs[0].shape
+    with pytest.raises(CertificateError, match="give the model that was lowered"):
+        t3c.certify(artifact, nn.Identity(), [(torch.randn(shape),)], say=lambda line: None)
+    with pytest.raises(CertificateError, match="needs held-out inputs; got none"):
+        t3c.certify(artifact, nn.Identity(), [], say=lambda line: None)

@@ -36,7 +36,8 @@ def call(*args: object) -> Result:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("lower",), ("run",), ("inspect",), ("bench",), ("doctor",)]
+    "command",
+    [(), *((name,) for name in ("lower", "run", "certify", "inspect", "bench", "doctor"))],
 )
 def test_help_documents_the_exit_codes(command: tuple[str, ...]) -> None:
     done = call(*command, "--help")
@@ -255,3 +256,20 @@ def test_python_m_t3c_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "app", lambda: called.append(1))
     runpy.run_module("t3c", run_name="__main__")
     assert called == [1]
+
+
+def test_certify_runs_on_the_data_that_the_model_brings(
+    api: list[Any], artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    module: Any = sys.modules["t3c.api"]
+    monkeypatch.setattr(
+        module, "certify", lambda *args, **kwargs: seen.append(args) or artifact, raising=False
+    )
+    done = call("certify", artifact.path, "some_models:calibrated")
+    assert done.exit_code == 0, done.stderr
+    assert len(seen[0][2]) == 2
+    assert "90% bound" in done.stdout
+    without = call("certify", artifact.path, "some_models:net")
+    assert without.exit_code != 0
+    assert "returns no data" in without.stderr

@@ -2,22 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from t3c.certificate.outputs import Batch, float_outputs, norms, samples_in
 from t3c.core.certificate import Observed
 from t3c.core.errors import CertificateError
 from t3c.core.formats import Format
 from t3c.core.profile import ProfileChain
 from t3c.elastic.model import ElasticModel
-
-Batch = tuple[Tensor, ...]
-F64 = NDArray[np.float64]
 
 
 def observed(
@@ -86,25 +81,20 @@ def _outputs(
 ) -> list[list[Tensor]]:
     """Float outputs of every batch."""
     with torch.no_grad(), elastic.using(formats):
-        return [_floats(elastic.graph(*batch)) for batch in batches]
-
-
-def _floats(result: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(result)
-    return [y.float() for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
+        return [float_outputs(elastic.graph(*batch)) for batch in batches]
 
 
 def _statistics(
     original: list[list[Tensor]], drifted: list[list[Tensor]], batches: Sequence[Batch]
 ) -> Observed:
-    drifts, norms, flips = [], [], []
+    drifts, sizes, flips = [], [], []
     for batch, before, after in zip(batches, original, drifted, strict=True):
-        split = _samples(batch, before)
-        drifts.append(_norms([b - a for b, a in zip(before, after, strict=True)], split))
-        norms.append(_norms(before, split))
+        split = samples_in(batch, before)
+        drifts.append(norms([b - a for b, a in zip(before, after, strict=True)], split))
+        sizes.append(norms(before, split))
         if len(before) == 1 and _is_scores(before[0], split):
             flips.append((before[0].argmax(1) != after[0].argmax(1)).numpy())
-    drift, norm = np.concatenate(drifts), np.concatenate(norms)
+    drift, norm = np.concatenate(drifts), np.concatenate(sizes)
     if not np.isfinite(drift).all():
         raise CertificateError(
             "a profile's outputs are not finite; raise its ranks, or leave the profile out"
@@ -120,19 +110,6 @@ def _statistics(
     )
 
 
-def _samples(batch: Batch, outputs: list[Tensor]) -> int:
-    """Inputs in a batch: the common first axis of inputs and outputs, else 1."""
-    first = batch[0].shape[0] if batch and batch[0].dim() else 1
-    return first if all(y.dim() > 0 and y.shape[0] == first for y in outputs) else 1
-
-
 def _is_scores(y: Tensor, samples: int) -> bool:
     """Whether an output is [batch, classes]."""
     return y.dim() == 2 and y.shape[0] == samples and y.shape[1] > 1
-
-
-def _norms(outputs: list[Tensor], samples: int) -> F64:
-    """L2 norm of all outputs together, for each input: [samples]."""
-    flat = torch.cat([y.reshape(samples, -1).double() for y in outputs], dim=1)
-    norms: F64 = flat.norm(dim=1).numpy()
-    return norms

@@ -144,6 +144,23 @@ def bench(rows: Sequence[BenchRow], title: str = "Measured, calls interleaved") 
     return table
 
 
+def bounds(chain: Sequence[CompiledProfile], title: str = "Calibrated drift bounds") -> Table:
+    """One row per profile: the bound of every level, and how far thirds of the data confirm it."""
+    known = [(c.profile.name, c.profile.certificate.calibrated) for c in chain]
+    levels = [b.level for _, found in known[:1] if found is not None for b in found.bounds]
+    heads = [head for v in levels for head in (f"{v:.0%} bound", "of max", "covered")]
+    table = _table(title, ("profile",), (*heads, "inputs"))
+    for name, found in known:
+        if found is None:
+            continue
+        cells: list[str] = []
+        for b in found.bounds:
+            covered = "/".join(f"{share:.0%}" for share in b.coverage) or UNKNOWN
+            cells += [number(b.value), number(b.teacher), covered]
+        table.add_row(name, *cells, str(found.inputs))
+    return table
+
+
 def plain(rows: Sequence[Mapping[str, object]], title: str = "") -> Table:
     """Any rows with the same keys; the keys are the headings."""
     table = _table(title, tuple(rows[0]) if rows else (), ())
