@@ -262,10 +262,12 @@ def test_certify_runs_on_the_data_that_the_model_brings(
     api: list[Any], artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    module: Any = sys.modules["t3c.api"]
-    monkeypatch.setattr(
-        module, "certify", lambda *args, **kwargs: seen.append(args) or artifact, raising=False
-    )
+
+    def certify(*args: Any, **kwargs: Any) -> Artifact:
+        seen.append(args)
+        return artifact
+
+    monkeypatch.setattr(sys.modules["t3c.api"], "certify", certify, raising=False)
     done = call("certify", artifact.path, "some_models:calibrated")
     assert done.exit_code == 0, done.stderr
     assert len(seen[0][2]) == 2
