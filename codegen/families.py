@@ -16,6 +16,7 @@ from t3c.targets.base import TargetSpec
 LINEAR = {
     "x86-amx": "t3c.codegen.kernels.linear_amx:AmxLinear",
     "x86-vnni": "t3c.codegen.kernels.linear_vnni:VnniLinear",
+    "x86-avx-vnni": "t3c.codegen.kernels.linear_avx_vnni:AvxVnniLinear",
     "x86-avx2": "t3c.codegen.kernels.linear_avx2:Avx2Linear",
     "arm-sdot": "t3c.codegen.kernels.linear_sdot:SdotLinear",
     "portable": "t3c.codegen.kernels.linear_portable:PortableLinear",

@@ -17,6 +17,7 @@ TARGETS: Mapping[str, str] = {
     "x86": "t3c.targets.x86:LEVELS",
     "x86-amx": "t3c.targets.x86:AMX",
     "x86-vnni": "t3c.targets.x86:VNNI",
+    "x86-avx-vnni": "t3c.targets.x86:AVX_VNNI",
     "x86-avx2": "t3c.targets.x86:AVX2",
     "x86-64": "t3c.targets.x86:BASELINE",
     "arm": "t3c.targets.arm:DOTPROD",

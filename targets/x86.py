@@ -60,6 +60,32 @@ VNNI = TargetSpec(
 )
 """Ice Lake server and later: AVX-512 with VNNI."""
 
+AVX_VNNI = TargetSpec(
+    name="x86-avx-vnni",
+    kind="llvm",
+    triple=None,
+    mcpu="x86-64-v3",
+    mattr=("+avxvnni",),
+    arch=None,
+    features=_V3 | {"avx_vnni"},
+    linear="x86-avx-vnni",
+    conv="portable",
+    rank_step=16,
+    vector=8,
+    # Not measured: a quarter of the paper peak of vpdpbusd on 256 bits at 3 GHz.
+    roofline=Roofline(
+        int8_macs_s=9.6e10,
+        f32_macs_s=3e10,
+        bytes_s=1.5e10,
+        quantize_s=6e-10,
+        store_s=4e-10,
+        call_s=7e-6,
+        tile=(1, 16, 4),
+        int4_macs_s=4.8e10,
+    ),
+)
+"""Alder Lake and later: the dot products of VNNI without AVX-512."""
+
 AVX2 = TargetSpec(
     name="x86-avx2",
     kind="llvm",
@@ -112,4 +138,4 @@ BASELINE = TargetSpec(
 )
 """Every x86-64 processor."""
 
-LEVELS = (AMX, VNNI, AVX2, BASELINE)
+LEVELS = (AMX, VNNI, AVX_VNNI, AVX2, BASELINE)

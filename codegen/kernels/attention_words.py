@@ -41,6 +41,7 @@ FAINT = -100.0
 """A power of two that has the code 0 however it is scaled."""
 _PRODUCTS = (
     (16, "avx512_vnni", "llvm.x86.avx512.vpdpwssd.512"),
+    (8, "avx_vnni", "llvm.x86.avx512.vpdpwssd.256"),
     (8, "avx2", "llvm.x86.avx2.pmadd.wd"),
 )
 

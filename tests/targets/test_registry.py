@@ -9,7 +9,7 @@ import t3c.targets as targets
 from t3c.core.errors import TargetError
 from t3c.targets import TARGETS, best_level, cpu_features, detect_host, get
 from t3c.targets.base import TargetSpec
-from t3c.targets.x86 import AMX, AVX2, BASELINE, LEVELS, VNNI
+from t3c.targets.x86 import AMX, AVX2, AVX_VNNI, BASELINE, LEVELS, VNNI
 from tests.conformance.target import TargetConformance
 
 NAMED = sorted(set(TARGETS) - {"x86"})
@@ -45,7 +45,8 @@ def test_one_missing_feature_falls_to_the_next_level() -> None:
     features = AMX.features
     for spec, below, missing in (
         (AMX, VNNI, "amx_int8"),
-        (VNNI, AVX2, "avx512_vnni"),
+        (VNNI, AVX_VNNI, "avx512_vnni"),
+        (AVX_VNNI, AVX2, "avx_vnni"),
         (AVX2, BASELINE, "fma"),
     ):
         assert best_level("x86", LEVELS, features) is spec

@@ -29,6 +29,11 @@ WORDS = [
     )
     for lanes, feature in ((16, "avx512_vnni"), (8, "avx2"))
 ]
+NARROW = pytest.param(
+    word_product(frozenset({"avx_vnni"}), 8),  # on AVX-512 in its spelling
+    marks=pytest.mark.skipif("avx512vl" not in cpu_features(), reason="no 256-bit form here"),
+    id="avx_vnni",
+)
 rng = np.random.default_rng(0)
 
 
@@ -167,7 +172,7 @@ def test_words_that_see_only_the_past(words: WordProduct, lengths: tuple[int, in
     check(1, 2, 1, lengths, (32, 32), causal=True, words=words)
 
 
-@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("words", [*WORDS, NARROW])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 33), (2, 4, 19, 33), (2, 1, 19, 1)])
 def test_words_with_masks(words: WordProduct, shape: tuple[int, ...]) -> None:
     check(2, 4, 2, (19, 33), (32, 32), masked(shape, -1e30), words=words)

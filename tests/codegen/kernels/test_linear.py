@@ -18,6 +18,7 @@ from t3c.codegen.kernels.emit import Emitter, activate, buffer, lanes
 from t3c.codegen.kernels.family import AbstractLinearKernels, Kernel
 from t3c.codegen.kernels.linear_amx import AmxLinear
 from t3c.codegen.kernels.linear_avx2 import Avx2Linear
+from t3c.codegen.kernels.linear_avx_vnni import AvxVnniLinear
 from t3c.codegen.kernels.linear_portable import PortableLinear
 from t3c.codegen.kernels.linear_sdot import SdotLinear
 from t3c.codegen.kernels.linear_vnni import VnniLinear
@@ -33,6 +34,12 @@ Array = NDArray[Any]
 FAMILIES: dict[str, tuple[AbstractLinearKernels, str, frozenset[str]]] = {
     "x86-amx": (AmxLinear(), "sapphirerapids", frozenset({"avx512f", "avx512_vnni"})),
     "x86-vnni": (VnniLinear(), "icelake-server", frozenset({"avx512f", "avx512_vnni"})),
+    # its 256-bit instruction, in the spelling of AVX-512
+    "x86-avx-vnni": (
+        AvxVnniLinear(),
+        "icelake-server",
+        frozenset({"avx512vl", "avx512_vnni"}),
+    ),
     "x86-avx2": (Avx2Linear(), "x86-64-v3", frozenset({"avx2", "fma"})),
     "portable": (PortableLinear(), "x86-64", frozenset({"sse2"})),
 }
@@ -310,6 +317,13 @@ def test_vnni_needs_no_newer_instructions() -> None:
     code = machine_code(VnniLinear().low_rank(3, 23, 70, 32, 64, "gelu"), target)
     assert "vpdpbusd" in code
     assert not re.search(r"\b(tdp\w+|tileload\w+|ldtilecfg|v\w+ph)\b", code)
+
+
+def test_avx_vnni_needs_no_wide_registers() -> None:
+    target: dict[str, object] = {"kind": "llvm", "mcpu": "x86-64-v3", "mattr": ["+avxvnni"]}
+    code = machine_code(AvxVnniLinear().low_rank(3, 23, 70, 32, 64, "gelu"), target)
+    assert re.search(r"vpdpbusd.*%ymm", code)
+    assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b", code)
 
 
 def test_amx_asks_for_the_tiles_itself() -> None:
