@@ -109,7 +109,9 @@ def torch_peers(net: Network, setting: Setting) -> Iterator[Contestant]:
 
     yield Contestant("torch fp32", "float", {"": lambda: eager(wrapped)})
     yield Contestant("torch compile fp32", "float", {"freezing": compiled})
-    engines = [e for e in ("onednn", "x86") if e in torch.backends.quantized.supported_engines]
+    # FBGEMM, the engine "x86", has no switch: it would go on using AVX-512.
+    wanted = ("onednn",) if setting.isa == "avx2" else ("onednn", "x86")
+    engines = [e for e in wanted if e in torch.backends.quantized.supported_engines]
     note = "linear layers only; convolutions stay float32" if net.kind == "conv" else ""
     candidates = {e: (lambda e=e: int8(e)) for e in engines}
     yield Contestant("torch int8 dynamic", "int8", candidates, note)

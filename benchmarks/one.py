@@ -123,7 +123,7 @@ def measure(net: Network, setting: Setting, options: argparse.Namespace) -> dict
         "isa": setting.isa,
         "threads": setting.threads,
         "machine": {**machine.describe(), "load_average": load},
-        "profiles": _profiles(setting),
+        "profiles": {} if "t3c max" not in runs else _profiles(setting),
         "rows": rows,
         "absent": absent,
     }
@@ -164,10 +164,7 @@ def _quality(got: list[Any], want: list[Any] | None, top1: bool) -> dict[str, fl
 def _profiles(setting: Setting) -> dict[str, Any]:
     from t3c.core.artifact import Artifact
 
-    folder = setting.folder / f"ours-{setting.isa}"
-    if not folder.exists():
-        return {}
-    found = Artifact.read(folder).manifest.profiles
+    found = Artifact.read(setting.folder / f"ours-{setting.isa}").manifest.profiles
     most = found[-1].profile.macs
     return {
         f"t3c {c.profile.name}": {
