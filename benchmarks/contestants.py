@@ -76,7 +76,9 @@ def ours(net: Network, setting: Setting) -> Iterator[Contestant]:
     """Every profile, largest first."""
     import t3c
 
-    session = t3c.load(setting.folder / f"ours-{setting.isa}", hashes=False)
+    session = t3c.load(
+        setting.folder / f"ours-{setting.isa}", hashes=False, threads=setting.threads
+    )
     for profile in reversed(session.profiles):
         variant = session.variants[profile.name]
 

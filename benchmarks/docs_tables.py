@@ -1,4 +1,7 @@
-"""Write the tables of docs/benchmarks.md from the results: python -m benchmarks.docs_tables."""
+"""Write the tables of docs/benchmarks.md and README.md from the recorded results.
+
+Run it as ``python -m benchmarks.docs_tables``.
+"""
 
 import json
 import re
@@ -7,6 +10,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+SHORT = re.compile(r"(<!-- ratios: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PEERS = ("OpenVINO int8", "ORT int8 static", "ORT int8 dynamic", "torch int8 dynamic")
 OURS = ("t3c max", "t3c half", "t3c quarter", "t3c eighth")
@@ -16,15 +21,47 @@ def main() -> None:
     """Replace every marked part."""
     text = DOCS.read_text()
     DOCS.write_text(PLACE.sub(lambda m: m[1] + table(m[2]) + m[3], text))
+    text = README.read_text()
+    README.write_text(SHORT.sub(lambda m: m[1] + ratios(m[2]) + m[3], text))
+
+
+def records_of(folder: str) -> list[dict[str, Any]]:
+    """All networks of one results folder."""
+    files = sorted((ROOT / "benchmarks" / "results" / folder).glob("*.json"))
+    return [r for r in map(_read, files) if "rows" in r]
+
+
+def ratios(folder: str) -> str:
+    """A short table: the fastest int8 peer, our ratios to it, both errors."""
+    lines = [
+        "| | fastest int8 peer | ms | its error | max | its error | half | quarter | eighth |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records_of(folder):
+        column = _column(record)
+        rows = {row["name"]: row for row in record["rows"]}
+        if "t3c max" not in rows:
+            continue
+        best = min((r for r in rows.values() if r["kind"] == "int8"), key=lambda r: r[column])
+        cells = [best["name"], f"{best[column]:.1f}", f"{best['error']:.2g}"]
+        mine = {name: rows[name][column] / best[column] for name in OURS}
+        cells += [f"**{mine[OURS[0]]:.2f}**", f"{rows[OURS[0]]['error']:.2g}"]
+        cells += [f"{mine[name]:.2f}" for name in OURS[1:]]
+        lines.append(f"| {record['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _column(record: dict[str, Any]) -> str:
+    """What counts: wall time where several threads work, else processor time."""
+    return "p50_ms" if record["threads"] > 1 else "cpu_ms"
 
 
 def table(folder: str) -> str:
     """One results folder: milliseconds and ratios, then errors, then what is absent."""
-    files = sorted((ROOT / "benchmarks" / "results" / folder).glob("*.json"))
-    records = [r for r in map(_read, files) if "rows" in r]
+    records = records_of(folder)
     if not records:
         return "Not measured yet.\n"
-    column = "p50_ms" if records[0]["threads"] > 1 else "cpu_ms"
+    column = _column(records[0])
     lines = [
         f"| | {' | '.join((*PEERS, *OURS))} | errors of the same |",
         f"|---{'|---' * (len(PEERS) + len(OURS) + 1)}|",

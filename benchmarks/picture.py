@@ -36,16 +36,17 @@ def draw(results: Path, file: Path) -> None:
         for name, colour in SHOWN:
             if name not in rows:
                 continue
-            ratio = rows[name]["ratio"]
+            ratio = rows[name]["ratio" if record["threads"] > 1 else "cpu_ratio"]
             plot.barh(at, min(ratio, CUT), color=colour, height=0.85)
-            text = f" {ratio:.2f}  {name}, {rows[name]['p50_ms']:.1f} ms"
-            plot.text(min(ratio, CUT), at, text, va="center", size=7)
+            text = f"{ratio:.2f}  {name}, {rows[name]['p50_ms']:.1f} ms"
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            plot.text(min(ratio, CUT) + 0.02, at, text, va="center", size=7, bbox=box)
             at += 1
         ticks.append(((start + at - 1) / 2, record["title"]))
         at += 1.5
     plot.axvline(1.0, color="black", linewidth=0.8)
     plot.set_yticks([t for t, _ in ticks], [name for _, name in ticks], size=8)
-    plot.set(xlim=(0, CUT + 1.3), xlabel="median time / fastest int8 peer in the same run")
+    plot.set(xlim=(0, CUT + 1.3), xlabel="time / fastest int8 peer in the same run")
     plot.invert_yaxis()
     one = records[0]
     plot.set_title(f"{one['isa']}, {one['threads']} thread(s), batch 1", size=9)
