@@ -12,7 +12,7 @@ import numpy as np
 
 from t3c.codegen.kernels import conv_flow
 from t3c.codegen.kernels.conv_flow import WORD, Depth, Output, Run, row_of, runs
-from t3c.codegen.kernels.conv_x86 import AbstractX86Conv, op_of, shape_of
+from t3c.codegen.kernels.conv_x86 import KINDS, AbstractX86Conv, op_of, shape_of
 from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, lanes
 from t3c.codegen.kernels.family import ConvShape, Flow, Image, Kernel, Packed
 from t3c.codegen.kernels.image_codes import Grid
@@ -62,8 +62,10 @@ class Avx2Conv(AbstractX86Conv, Scheduled):
         return WideSchedule(6, self._rows(op))
 
     def kernel(self, op: Op) -> Kernel:
-        """A flow between unsigned images; a residual is codes too."""
+        """A flow between unsigned images, a residual is codes too; planes by each image's range."""
         s = shape_of(op)
+        if op.kind == "planes":
+            return self.conv(s, None, op.epilogue)
         source = Image(s.batch, s.in_channels, s.in_size, max(s.padding), signed=False)
         target = Image(s.batch, s.out_channels, s.out_size, 1, signed=False)
         residual = target if "add" in op.epilogue else None
@@ -71,7 +73,7 @@ class Avx2Conv(AbstractX86Conv, Scheduled):
 
     def _rows(self, op: Op) -> int:
         """Output rows whose widened input fits the scratch."""
-        if op.kind != "conv":
+        if op.kind not in KINDS:
             raise self.unknown(op)
         s = shape_of(op)
         grid = Grid(Image(s.batch, s.in_channels, s.in_size, max(s.padding), signed=False))
@@ -89,7 +91,7 @@ class Avx2Conv(AbstractX86Conv, Scheduled):
         self, output: Output, depth: Depth, most: tuple[int, int], epilogue: str
     ) -> tuple[Op, Schedule, str]:
         """See `AbstractX86Conv.product`."""
-        op = op_of(output.flow.shape, epilogue)
+        op = op_of(output.flow.shape, epilogue, output.kind)
         schedule = self.pick(op)
         assert isinstance(schedule, WideSchedule)
         _Product(output.e, output.flow, depth, schedule, output).write()

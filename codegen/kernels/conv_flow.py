@@ -209,6 +209,11 @@ class Output:
         return self.flow.target is not None and short and plain and not self._planar
 
     @property
+    def kind(self) -> str:
+        """Of the operator."""
+        return "conv" if self.flow.target is not None and not self.flow.floats else "planes"
+
+    @property
     def _planar(self) -> bool:
         return self.raw or self.flow.floats or self.flow.target is None
 
@@ -424,13 +429,20 @@ class Output:
             for condition, live in self._valid(columns):
                 with e.maybe(condition):
                     for k in range(live):
-                        for start, size in pieces(width):
-                            to = f"y[{b}, {columns} * {LANES} + {k}, {r}, "
-                            part = list(range(start, start + size))
-                            value = turned[k]
-                            if size < LANES:
-                                value = f"T.Shuffle([{value}], {part})"
-                            e(f"{to}{lanes(f'{c} + {start}', size)}] = {value}")
+                        to = f"y[{b}, {columns} * {LANES} + {k}, {r}, "
+                        self._put_row(to, c, turned[k], width)
+
+    def _put_row(self, to: str, column: str, value: str, width: int) -> None:
+        """Store the first `width` lanes; `to` is the text of y up to the last index."""
+        e = self.e
+        if self.wide and 1 < width < LANES:
+            kept = f"T.ramp(0, 1, {LANES}) < T.broadcast({width}, {LANES})"
+            e.intrinsic("llvm.masked.store", value, f"T.address_of({to}{column}])", kept)
+            return
+        for start, size in pieces(width):
+            part = f"T.Shuffle([{value}], {list(range(start, start + size))})"
+            piece = value if size == LANES else part
+            e(f"{to}{lanes(f'{column} + {start}', size)}] = {piece}")
 
 
 def _wide(e: Emitter, grid: Grid, name: str, pixel: str, channels: str) -> str:

@@ -12,7 +12,7 @@ from typing import ClassVar, final
 
 from t3c.codegen.kernels import conv_flow
 from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Run, row_of, runs
-from t3c.codegen.kernels.conv_x86 import AbstractX86Conv, op_of, shape_of
+from t3c.codegen.kernels.conv_x86 import KINDS, AbstractX86Conv, op_of, shape_of
 from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, i32, lanes
 from t3c.codegen.kernels.family import ConvShape, Flow, Image, Kernel, Packed
 from t3c.codegen.kernels.image_codes import Grid
@@ -57,7 +57,7 @@ class VnniConv(AbstractX86Conv, Scheduled):
 
     def schedules(self, op: Op) -> tuple[Schedule, ...]:
         """Register blocks of at most 28 accumulators by the outer loop."""
-        if op.kind != "conv":
+        if op.kind not in KINDS:
             raise self.unknown(op)
         groups = ceil_div(op["o"], LANES)
         return tuple(
@@ -69,18 +69,22 @@ class VnniConv(AbstractX86Conv, Scheduled):
 
     def default(self, op: Op) -> Schedule:
         """As square a block as fits; weights that leave the first cache are read once."""
-        if op.kind != "conv":
+        if op.kind not in KINDS:
             raise self.unknown(op)
         weights = op["c"] * op["o"] * op["kh"] * op["kw"]
         groups = ceil_div(op["o"], LANES)
         narrow = shape_of(op).out_size[1] <= 7
-        square = (7, 3) if narrow else (6, 4)
-        block = {1: (14, 1), 2: (14, 2), 3: (7, 3) if narrow else (8, 3)}.get(groups, square)
+        square = (7, 3) if narrow else (8, 3) if groups == 3 else (6, 4)
+        if op.kind == "planes":  # planes are transposed sixteen pixels at a time
+            square = (14, 2)
+        block = {1: (14, 1), 2: (14, 2)}.get(groups, square)
         return ConvSchedule(*block, "channels" if weights > L1_BYTES else "rows")
 
     def kernel(self, op: Op) -> Kernel:
-        """A flow between unsigned images; a residual is codes too."""
+        """A flow between unsigned images, a residual is codes too; planes by each image's range."""
         s = shape_of(op)
+        if op.kind == "planes":
+            return self.conv(s, None, op.epilogue)
         source = Image(s.batch, s.in_channels, s.in_size, max(s.padding), signed=False)
         target = Image(s.batch, s.out_channels, s.out_size, 1, signed=False)
         residual = target if "add" in op.epilogue else None
@@ -94,7 +98,7 @@ class VnniConv(AbstractX86Conv, Scheduled):
         self, output: Output, depth: Depth, most: tuple[int, int], epilogue: str
     ) -> tuple[Op, Schedule, str]:
         """See `AbstractX86Conv.product`."""
-        op = op_of(output.flow.shape, epilogue)
+        op = op_of(output.flow.shape, epilogue, output.kind)
         schedule = self.pick(op)
         assert isinstance(schedule, ConvSchedule)
         _Product(output.e, output.flow, depth, most, schedule, output).write()
@@ -120,7 +124,8 @@ class _Product:
     @property
     def _runs(self) -> tuple[Run, ...]:
         skip = self._skip and self.depth.columns == self.flow.shape.kernel[1]
-        return runs(self.flow.shape, self.schedule.pixels, skip=skip)
+        longest = self.schedule.pixels if self.output.direct else min(self.schedule.pixels, LANES)
+        return runs(self.flow.shape, longest, skip=skip)
 
     def write(self) -> None:
         """The body of the function."""

@@ -31,14 +31,18 @@ from t3c.codegen.kernels.schedule import Op, Schedule, epilogue_class
 _SIZES = (("k", "kernel"), ("s", "stride"), ("p", "padding"), ("d", "dilation"))
 
 
-def op_of(shape: ConvShape, epilogue: str) -> Op:
+KINDS = ("conv", "planes")
+"""Operators: convolutions that write codes only, and those that write float32 planes."""
+
+
+def op_of(shape: ConvShape, epilogue: str, kind: str = "conv") -> Op:
     """The operator of a convolution, for records."""
     sizes = {"b": shape.batch, "c": shape.in_channels, "o": shape.out_channels}
     sizes |= {"h": shape.in_size[0], "w": shape.in_size[1]}
     for letter, field in _SIZES:
         tall, wide = getattr(shape, field)
         sizes |= {f"{letter}h": tall, f"{letter}w": wide}
-    return Op.of("conv", epilogue_class(epilogue), **sizes)
+    return Op.of(kind, epilogue_class(epilogue), **sizes)
 
 
 def shape_of(op: Op) -> ConvShape:

@@ -9,6 +9,7 @@ import pytest
 import tvm
 from numpy.typing import NDArray
 
+from t3c.codegen.kernels.conv_avx2 import Avx2Conv
 from t3c.codegen.kernels.conv_portable import PortableConv
 from t3c.codegen.kernels.conv_vnni import VnniConv
 from t3c.codegen.kernels.conv_x86 import op_of, shape_of
@@ -263,18 +264,36 @@ def test_pools(family: str, channels: int, signed: bool) -> None:
 def test_every_schedule_computes_the_same() -> None:
     if FAMILIES["x86-vnni"][2] - features():
         pytest.skip("needs AVX-512 VNNI")
-    s = shape(40, 72, (9, 13), (3, 3), (1, 1), (1, 1))
+    s = shape(40, 72, (3, 30), (3, 3), (1, 1), (1, 1))
     op = op_of(s, "relu")
     assert VnniConv().default(op) in VnniConv().schedules(op)
     assert shape_of(op) == s
+    planes = op_of(s, "relu", "planes")
     for schedule in VnniConv().schedules(op):
-        run("x86-vnni", s, epilogue="relu", kernels=VnniConv({op.key: schedule}))
+        kernels = VnniConv({op.key: schedule, planes.key: schedule})
+        run("x86-vnni", s, epilogue="relu", kernels=kernels)
+        run("x86-vnni", s, epilogue="relu", kernels=kernels, target=False, floats=True)
+    assert "dynamic" in VnniConv().kernel(planes).name
     add = op_of(s, "add,relu")
     assert VnniConv().kernel(add).name != VnniConv().kernel(op).name
     with pytest.raises(LoweringError, match="no schedules for operator"):
         VnniConv().default(replace(op, kind="pool"))
     with pytest.raises(LoweringError, match="no schedules for operator"):
         VnniConv().schedules(replace(op, kind="pool"))
+
+
+def test_every_schedule_of_avx2_computes_the_same() -> None:
+    if FAMILIES["x86-avx2"][2] - features():
+        pytest.skip("needs AVX2")
+    s = shape(40, 24, (40, 30), (3, 3), (1, 1), (1, 1))
+    op = op_of(s, "relu")
+    assert Avx2Conv().default(op) in Avx2Conv().schedules(op)
+    for schedule in Avx2Conv().schedules(op):
+        run("x86-avx2", s, epilogue="relu", kernels=Avx2Conv({op.key: schedule}))
+    assert Avx2Conv().kernel(op).name != Avx2Conv().kernel(op_of(s, "add,relu")).name
+    assert "dynamic" in Avx2Conv().kernel(op_of(s, "relu", "planes")).name
+    with pytest.raises(LoweringError, match="no schedules for operator"):
+        Avx2Conv().schedules(replace(op, kind="pool"))
 
 
 def test_images_that_do_not_fit_are_refused(family: str) -> None:
