@@ -2,11 +2,14 @@
 
 Each unit is a piece of ResNet-50 that keeps its shape, chained with distinct weights so that data
 flows; the time of a unit is the slope between two chain lengths, which removes everybody's float
-input and output. Ours includes the quantization of every input. Calls are interleaved.
+input and output. Ours hands int8 codes with static ranges from convolution to convolution, as the
+peers do. Calls are interleaved. Beside each time: the output's relative error to torch fp32, and
+the share of what the family's multiply-add instructions reach when they do nothing else.
 
-    python benchmarks/conv_kernels.py [--rounds 30] [--family x86-vnni]
+    python benchmarks/conv_kernels.py [--rounds 30] [--family x86-vnni] [--units text]
 
-writes conv_kernels.json beside this file.
+writes conv_kernels.json (of another family conv_kernels-<family>.json) beside this file. To hold
+OpenVINO to the instructions of AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 and DNNL_MAX_CPU_ISA=AVX2.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from torch import nn
 from t3c.codegen.kernels.conv_amx import AmxConv
 from t3c.codegen.kernels.conv_avx2 import Avx2Conv
 from t3c.codegen.kernels.conv_vnni import VnniConv
+from t3c.codegen.kernels.emit import Emitter, buffer
 from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Flow, Image, Kernel
 from t3c.codegen.script import read_function
 from t3c.core.codes import quantize_weight
@@ -189,6 +193,44 @@ def peers(model: Chain, x: np.ndarray[Any, Any], folder: Path) -> dict[str, Call
     }
 
 
+def peak(family: str) -> float | None:
+    """Multiply-adds a nanosecond of a loop over registers; None where there is no such loop."""
+    if family == "x86-amx":
+        return None
+    wide = family == "x86-vnni"
+    lanes, count, rounds = (16, 24, 100_000) if wide else (8, 12, 100_000)
+    e = Emitter()
+    vector = "T.ramp(0, 1, LANES)".replace("LANES", str(lanes))
+    kind = f"int8x{4 * lanes}" if wide else f"int16x{2 * lanes}"
+    a = e.let("a", f'T.reinterpret(x[{vector}], dtype="{kind}")')
+    sums = [e.alloc("sum", (lanes,), "int32") for _ in range(count)]
+    for name in sums:
+        e(f"{name}[{vector}] = x[{vector}]")
+    with e.loop("i", rounds):
+        for name in sums:
+            total = f"{name}[{vector}]"
+            call = f'T.call_llvm_pure_intrin("int32x{lanes}", "llvm.x86.'
+            if wide:
+                e(f'{total} = {call}avx512.vpdpbusd.512", {total}, {a}, {a})')
+            else:  # the product depends on the sum, so that no compiler takes it out of the loop
+                b = f'T.reinterpret({total}, dtype="{kind}")'
+                e(f'{total} = {total} + {call}avx2.pmadd.wd", {b}, {a})')
+    for name in sums:
+        e(f"y[{vector}] = y[{vector}] + {name}[{vector}]")
+    params = [buffer(name, (lanes,), "int32") for name in "xy"]
+    functions = {"peak": read_function(e.function("peak", params))}
+    target = tvm.target.Target({"kind": "llvm", "mcpu": FAMILIES[family][1]})
+    run = tvm.compile(tvm.IRModule(functions), target=target)["peak"]
+    x, y = (tvm.runtime.tensor(np.ones(lanes, np.int32)) for _ in range(2))
+    times = []
+    for _ in range(20):
+        begin = time.process_time()
+        run(x, y)
+        times.append(time.process_time() - begin)
+    macs = rounds * count * lanes * (4 if wide else 2)
+    return macs / min(times) * 1e-9
+
+
 def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """(processor, wall) microseconds of each call, `rounds` times, interleaved.
 
@@ -217,6 +259,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     me = f"T3C {options.family}"
+    best = peak(options.family)
     rows = []
     for unit, (side, layers) in UNITS.items():
         if options.units not in unit:
@@ -245,12 +288,14 @@ def main() -> None:
                 slope = (ends[1] - ends[0]) / (long - short)
                 row.setdefault(label, {})[name] = round(slope, 1)
         rows.append(row)
-        quiet = row["wall_quiet_us"]
+        quiet = row["cpu_quiet_us"]
         row["ratio_to_openvino"] = {
             label: round(row[label][me] / row[label]["OpenVINO int8"], 3) for label, _, _ in PICKS
         }
         macs = sum(a * b * k * k for a, b, k in layers) * side * side
         row["gmac_s"] = {name: round(macs / us * 1e-3, 1) for name, us in quiet.items()}
+        if best is not None:
+            row["share_of_peak"] = round(macs / quiet[me] * 1e-3 / best, 3)
         cells = [
             f"{name} " + ", ".join(f"{row[label][name]:.0f}" for label, _, _ in PICKS)
             for name in (me, "OpenVINO int8", "ORT int8", "torch fp32")
@@ -278,12 +323,15 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
         "threads": 1,
         "rounds": options.rounds,
+        "peak_gmac_s": None if best is None else round(best, 1),
+        "peers_held_to": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/conv_kernels.py " + " ".join(sys.argv[1:]),
         "versions": {name: _version(name) for name in ("torch", "onnxruntime", "openvino")},
         "rows": rows,
     }
-    path = Path(__file__).with_suffix(".json")
+    ending = "" if options.family == "x86-vnni" else f"-{options.family}"
+    path = Path(__file__).with_name(f"conv_kernels{ending}.json")
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
