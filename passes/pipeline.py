@@ -16,6 +16,7 @@ from t3c.passes.fuse_epilogue import FuseEpilogue
 from t3c.passes.fuse_rms_norm import FuseRmsNorm
 from t3c.passes.place_grids import PlaceGrids
 from t3c.passes.place_sites import PlaceSites
+from t3c.passes.place_tables import PlaceTables
 from t3c.passes.rewrite_conv import RewriteConv
 from t3c.passes.rewrite_linear import RewriteLinear
 from t3c.passes.sites import Choice, Makers
@@ -34,6 +35,7 @@ def elastic_passes(make: Makers, choice: Choice) -> tuple[AbstractPass, ...]:
         RewriteLinear(make.linear, choice),  # 2 elastic sites
         RewriteConv(make.conv, choice),
         PlaceGrids(make.snap),
+        PlaceTables(make.table),
         DeadCode(),
     )
 

@@ -16,17 +16,22 @@ MakeSnap = Callable[[str, bool, tuple[str, ...], tuple[str, ...]], nn.Module]
 """(name, signed, sites that read it, sites that must be integer) -> module that rounds its input to
 a fixed grid."""
 
+MakeTable = Callable[[Tensor], nn.Module]
+"""Weight [rows, features] -> module that looks rows up, with their codes as `table_codes`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Makers:
     """Constructors of elastic modules, handed in from above: passes never import elastic.
 
-    A made module is called with x alone and carries its site as `site`.
+    A made module is called with x alone and carries its site as `site`. Without `table`, embedding
+    tables stay as they are.
     """
 
     linear: MakeLinear
     conv: MakeConv
     snap: MakeSnap
+    table: MakeTable | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ from t3c.elastic.linear import ElasticLinear
 from t3c.elastic.model import ElasticModel
 from t3c.elastic.shadow import relative, shadow
 from t3c.elastic.snap import Snap
+from t3c.elastic.table import Table
 from t3c.passes.capture import Captured, capture
 from t3c.passes.pipeline import lowering_graph, rewrite
 from t3c.passes.sites import Choice, Makers
@@ -101,6 +102,7 @@ def elasticize(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     conv: str = "tucker2",
+    tables: bool = False,
 ) -> ElasticModel:
     """Capture a model and turn its linear and convolution layers into elastic ones.
 
@@ -113,6 +115,7 @@ def elasticize(
         include: Globs over module paths; only these layers become elastic.
         exclude: Globs over module paths that stay as they are.
         conv: Factorization of k x k convolutions: ``tucker2`` or ``cp``.
+        tables: Whether profiles read embedding tables in int8, with a scale for each row.
 
     Raises:
         PassError: The model cannot be captured (the message names every way that was tried), or a
@@ -123,6 +126,7 @@ def elasticize(
         linear=ElasticLinear,
         conv=lambda site, w, b: ElasticConv(site, w, b, conv),
         snap=Snap,
+        table=Table if tables else None,
     )
     graph, report = rewrite(captured.graph, makers, Choice(tuple(include), tuple(exclude)))
     elastic = ElasticModel(graph, captured, report)
@@ -147,6 +151,7 @@ def lower(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     conv: str = "tucker2",
+    tables: bool = False,
     activations: str = "auto",
     plan_seconds: float | None = None,
     planner: Callable[..., Plan] = plan,
@@ -171,6 +176,7 @@ def lower(
         include: See `elasticize`.
         exclude: See `elasticize`.
         conv: See `elasticize`.
+        tables: See `elasticize`.
         activations: How convolutions round their inputs: ``static``, to grids fixed on the
             calibration data, so that int8 tensors flow between them; ``dynamic``, to the range of
             each image; ``auto``, static where the target's kernels can.
@@ -225,6 +231,7 @@ def lower(
             include=include,
             exclude=exclude,
             conv=conv,
+            tables=tables,
         )
     notes.add(*_captured(elastic).notes)
     batches = _batches(elastic, calibration, notes)

@@ -181,7 +181,7 @@ def plan(
     fixed = Fixed(
         predict.predict_rest(rest, threads),
         rest,
-        other_bytes(elastic.graph),
+        other_bytes(elastic.graph) + sum(table.nbytes for table in elastic.tables.values()),
         peak_bytes(elastic.graph, suffix.values()),
         threads,
     )

@@ -14,6 +14,7 @@ from t3c.core.report import ConversionReport
 from t3c.core.sites import Site
 from t3c.elastic.layer import INPUT, ElasticLayer
 from t3c.elastic.snap import Snap
+from t3c.elastic.table import Table
 
 
 class Structure(Protocol):
@@ -56,6 +57,7 @@ class ElasticModel:
         report: What became elastic, what did not and why.
         sites: Site name -> site, in graph order.
         layers: Site name -> elastic module.
+        tables: Name -> embedding table that profiles read in int8.
         snaps: Name -> place where activations may be rounded to a fixed grid, in graph order.
     """
 
@@ -68,6 +70,7 @@ class ElasticModel:
         self.report = report
         layers: dict[str, ElasticLayer] = {}
         snaps: dict[str, Snap] = {}
+        tables: dict[str, Table] = {}
         for node in graph.graph.nodes:
             if node.op == "call_module":
                 layer = graph.get_submodule(str(node.target))
@@ -75,6 +78,9 @@ class ElasticModel:
                     layers[layer.site.name] = layer
                 elif isinstance(layer, Snap):
                     snaps[layer.name] = layer
+                elif isinstance(layer, Table):
+                    tables[str(node.target)] = layer
+        self.tables: Mapping[str, Table] = MappingProxyType(tables)
         self.snaps: Mapping[str, Snap] = MappingProxyType(snaps)
         self.layers: Mapping[str, ElasticLayer] = MappingProxyType(layers)
         self.sites: Mapping[str, Site] = MappingProxyType({n: x.site for n, x in layers.items()})
@@ -110,6 +116,7 @@ class ElasticModel:
         for name, fmt in chosen.items():
             self._layer(name).check(fmt)
         before = {name: layer.state for name, layer in self.layers.items()}
+        looked_up = {name: table.active for name, table in self.tables.items()}
         active = {name: snap.active for name, snap in self.snaps.items()}
         integer = {name for name, fmt in chosen.items() if quantize and fmt.bits < 32}
         try:
@@ -117,12 +124,16 @@ class ElasticModel:
                 layer.state = (chosen.get(name), quantize)
             for snap in self.snaps.values():
                 snap.active = integer.issuperset(snap.around)
+            for table in self.tables.values():
+                table.active = integer.issuperset(self.layers)
             yield self
         finally:
             for name, layer in self.layers.items():
                 layer.state = before[name]
             for name, snap in self.snaps.items():
                 snap.active = active[name]
+            for name, table in self.tables.items():
+                table.active = looked_up[name]
 
     def set_grids(self, grids: Mapping[str, Grid]) -> None:
         """Fix the grids of activations; snaps and layers left out round dynamically from now on.
