@@ -114,7 +114,7 @@ class DepthProduct:
         total = e.alloc("total", (m, panels * PANEL), "int32")
         threads = n * k / BYTES_US > WORTH_US
         cut = DepthCut.of(
-            2 * dot.alone * LANES // part, m * LANES // part, panels, ceil_div(k, DEPTH)
+            2 * min(8, dot.alone) * LANES // part, m * LANES // part, panels, ceil_div(k, DEPTH)
         )
         walk_depth(e, cut, threads, lambda *block: self._block(e, total, *block))
         rest = e.alloc("rest", (LANES,), "float32")

@@ -25,7 +25,7 @@ class VnniDot(Dot):
     depth: ClassVar[int] = 4
     height: ClassVar[int] = 6  # x 4 accumulators, 4 weights and 1 activation: 29 of 32 registers
     wide: ClassVar[int] = 4
-    alone: ClassVar[int] = 8
+    alone: ClassVar[int] = 14
     part: ClassVar[int] = 16
     tables: ClassVar[bool] = True
     macs_us: ClassVar[float] = 3.5e5
