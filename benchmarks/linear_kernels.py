@@ -1,12 +1,17 @@
 """Times the int8 linear kernels against other runtimes on this machine, one thread.
 
-    python benchmarks/linear_kernels.py [--rounds 20] [--families x86-vnni] [--out FILE]
+    python benchmarks/linear_kernels.py [--rounds 20] [--families x86-vnni] [--ranks 64]
 
 Every contender does a whole linear layer, float32 in and out, with its own weights: ours is the
 quantization pass and the product, each timed and added. Peers: torch float32, torch dynamic int8
 (engine onednn), ONNX Runtime dynamic int8, OpenVINO int8 (static, NNCF). Low rank: two thin layers
 for everyone. Contenders take turns call by call; printed are medians and quiet tenths in
-microseconds. Peers that are not installed are left out. Accuracy is not matched.
+microseconds of processor time, which is the time of a call on a quiet machine. Peers that are not
+installed are left out. Accuracy is not matched.
+
+Share is a product's multiply-adds over the peak that was measured first: the family's own
+register block with operands at hand. ONEDNN_MAX_CPU_ISA and DNNL_MAX_CPU_ISA restrict torch and
+OpenVINO to older instructions; ONNX Runtime knows no such setting and is then left out.
 """
 
 import argparse
@@ -29,10 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from t3c.codegen.kernels.emit import Emitter, buffer, lanes
 from t3c.codegen.kernels.family import AbstractLinearKernels, Kernel
 from t3c.codegen.kernels.linear_amx import AmxLinear
 from t3c.codegen.kernels.linear_avx2 import Avx2Linear
 from t3c.codegen.kernels.linear_portable import PortableLinear
+from t3c.codegen.kernels.linear_row_family import AbstractRowFamily
+from t3c.codegen.kernels.linear_rows import Dot
 from t3c.codegen.kernels.linear_vnni import VnniLinear
 from t3c.codegen.tvm_api import compile_source, make_target, tvm
 from t3c.core.codes import quantize_weight
@@ -41,11 +49,15 @@ SIZES = (
     (197, 3072, 768),
     (197, 768, 768),
     (197, 768, 3072),
+    (128, 3072, 768),
+    (128, 768, 768),
+    (128, 768, 3072),
     (128, 384, 384),
     (128, 1536, 384),
     (128, 384, 1536),
 )
 RANKS = (64, 128, 256)
+RESTRICTED = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 FAMILIES: dict[str, tuple[AbstractLinearKernels, str, frozenset[str]]] = {
     "x86-amx": (AmxLinear(), "sapphirerapids", frozenset({"amx_int8", "avx512_vnni"})),
     "x86-vnni": (VnniLinear(), "icelake-server", frozenset({"avx512_vnni"})),
@@ -61,6 +73,37 @@ def cpu() -> tuple[str, frozenset[str]]:
     lines = info.read_text().splitlines() if info.exists() else []
     first = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
     return first.get("model name", platform.processor()), frozenset(first.get("flags", "").split())
+
+
+def peak(dot: Dot, mcpu: str) -> float:
+    """Multiply-adds in a second of a family's register block whose operands are always near."""
+    rounds, rows, parts = 1 << 18, dot.height, dot.wide * 16 // dot.part
+    size, e = dot.part * dot.depth, Emitter()
+    at = lanes(0, dot.part)
+    weights = [e.let("w", dot.weight(f"line[{j}, {lanes(0, size)}]")) for j in range(parts)]
+    block = [
+        [f"{e.alloc('acc', (dot.part,), 'int32')}[{at}]" for _ in weights] for _ in range(rows)
+    ]
+    for i, accs in enumerate(block):
+        for j, acc in enumerate(accs):
+            e(f"{acc} = y[{i}, {j}, {at}]")
+    with e.loop("i", rounds) as loop:
+        for i, accs in enumerate(block):
+            codes = lanes(f"{loop} % 64 * {dot.depth}", dot.depth)
+            x = e.let("x", dot.inputs(f"codes[{i}, {codes}]"))
+            for acc, weight in zip(accs, weights, strict=True):
+                e(f"{acc} = {dot.add(acc, weight, x)}")
+    for i, accs in enumerate(block):
+        for j, acc in enumerate(accs):
+            e(f"y[{i}, {j}, {at}] = {acc}")
+    shapes = ((parts, size), (rows, 64 * dot.depth), (rows, parts, dot.part))
+    dtypes = ("int8", dot.layout.dtype, "int32")
+    named = zip(("line", "codes", "y"), shapes, dtypes, strict=True)
+    source = e.function("peak", [buffer(*one) for one in named])
+    run = compile_source("peak", source, make_target({"kind": "llvm", "mcpu": mcpu}))["peak"]
+    given = [tvm.runtime.tensor(np.ones(x, d)) for x, d in zip(shapes, dtypes, strict=True)]
+    best = min(measure({"peak": lambda: run(*given)}, 15)["peak"])
+    return rounds * rows * parts * size / best * 1e6
 
 
 def ours(
@@ -124,7 +167,7 @@ def onnx_calls(model: torch.nn.Module, x: torch.Tensor, folder: Path) -> dict[st
     file = folder / "model.onnx"
     torch.onnx.export(model, (x,), str(file), input_names=["x"], dynamo=False, opset_version=17)
     value = x.numpy()
-    if find_spec("onnxruntime"):
+    if find_spec("onnxruntime") and not any(name in os.environ for name in RESTRICTED):
         import onnxruntime
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -166,15 +209,19 @@ def measure(calls: Mapping[str, Call], rounds: int) -> dict[str, tuple[float, fl
     for turn in range(rounds + 1):
         for name, call in calls.items():
             call()
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if turn:
-                times[name].append((time.perf_counter() - start) * 1e6)
+                times[name].append((time.process_time() - start) * 1e6)
     return {n: (float(np.median(t)), float(np.percentile(t, 10))) for n, t in times.items()}
 
 
 def contest(
-    size: tuple[int, int, int], rank: int | None, rounds: int, families: list[str]
+    size: tuple[int, int, int],
+    rank: int | None,
+    rounds: int,
+    families: list[str],
+    peaks: Mapping[str, float],
 ) -> dict[str, Any]:
     """One row of the table."""
     m, n, k = size
@@ -197,6 +244,10 @@ def contest(
         row["us"][name] = {"p50": round(median, 1), "p10": round(quiet, 1)}
     for name in FAMILIES:
         if f"{name} product" in times:
+            macs = m * n * k if rank is None else m * rank * (n + k)
+            if name in peaks:
+                share = macs / times[f"{name} product"][0] * 1e6 / peaks[name]
+                row.setdefault("share", {})[name] = round(share, 3)
             parts = [times[f"{name} {part}"] for part in ("quantize", "product")]
             total = [round(sum(p[i] for p in parts), 1) for i in (0, 1)]
             row["us"][name] = {"p50": total[0], "p10": total[1]}
@@ -220,6 +271,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     default = ["x86-amx", "x86-vnni", "x86-avx2"]
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=default)
+    parser.add_argument("--ranks", nargs="*", type=int, default=list(RANKS))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -228,16 +280,22 @@ def main() -> None:
     shown = [f for f in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if f in flags]
     rows = []
     load = os.getloadavg()[0]
+    peaks = {
+        name: peak(family.rows.dot, mcpu)
+        for name, (family, mcpu, needs) in FAMILIES.items()
+        if isinstance(family, AbstractRowFamily) and needs <= flags and name in options.families
+    }
     for size in SIZES:
-        for rank in (None, *RANKS):
-            row = contest(size, rank, options.rounds, options.families)
+        for rank in (None, *options.ranks):
+            row = contest(size, rank, options.rounds, options.families, peaks)
             rows.append(row)
             label = "x".join(map(str, size)) + ("" if rank is None else f" r{rank}")
             shown_us = {
                 n: t for n, t in row["us"].items() if not n.endswith(("quantize", "product"))
             }
             line = "  ".join(f"{n} {t['p50']:.0f}|{t['p10']:.0f}" for n, t in shown_us.items())
-            print(f"{label:20s} {line}", flush=True)
+            shares = "  ".join(f"{n} {s:.0%} of peak" for n, s in row.get("share", {}).items())
+            print(f"{label:20s} {line}  {shares}", flush=True)
     record = {
         "schema": 1,
         "what": "one linear layer, microseconds per call: p50 and p10 over the rounds",
@@ -246,6 +304,8 @@ def main() -> None:
         "machine": {"cpu": model, "cores": os.cpu_count(), "features": shown, "load": load},
         "threads": 1,
         "rounds": options.rounds,
+        "peak_gmacs": {name: round(value / 1e9, 1) for name, value in peaks.items()},
+        "restricted": {name: os.environ[name] for name in RESTRICTED if name in os.environ},
         "versions": versions(),
         "rows": rows,
     }

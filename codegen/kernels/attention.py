@@ -2,6 +2,7 @@
 
 from t3c.codegen.kernels.attention_float import FloatAttention
 from t3c.codegen.kernels.attention_frame import AttentionShape
+from t3c.codegen.kernels.attention_row import RowAttention
 from t3c.codegen.kernels.attention_words import WordAttention, WordProduct
 from t3c.codegen.kernels.family import Kernel
 from t3c.codegen.kernels.vectors import Vectors
@@ -36,8 +37,14 @@ def attention(
         causal: Query i sees keys 0..i only.
         lanes: Float32 lanes of a vector: 16, 8 or 4.
         words: Multiplies 16-bit codes where the sizes allow; None: float32 everywhere.
+
+    Raises:
+        ValueError: The mask does not broadcast, or heads do not share keys evenly.
     """
     shape = AttentionShape(batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim)
+    shape.check(mask)
+    if RowAttention.fits(shape, mask, causal, lanes):
+        return RowAttention(shape, scale, mask, Vectors(lanes)).kernel()
     if words is not None and WordAttention.fits(head_dim, value_dim, lanes):
         return WordAttention(shape, scale, mask, causal, Vectors(lanes), words).kernel()
     return FloatAttention(shape, scale, mask, causal, Vectors(lanes)).kernel()

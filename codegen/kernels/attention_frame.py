@@ -40,6 +40,19 @@ class AttentionShape:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
 
+    def check(self, mask: tuple[int, ...] | None) -> None:
+        """Refuse a mask that does not broadcast to the scores.
+
+        Raises:
+            ValueError: It does not.
+        """
+        full = (self.batch, self.heads, self.q_len, self.kv_len)
+        sizes = mask or ()
+        if len(sizes) > 4 or any(
+            a not in (1, b) for a, b in zip(sizes[::-1], full[::-1], strict=False)
+        ):
+            raise ValueError(f"mask {mask} does not broadcast to {full}")
+
 
 class AbstractAttention(ABC):
     """Writes one kernel."""
@@ -66,12 +79,6 @@ class AbstractAttention(ABC):
         units = shape.batch * shape.heads
         self.chunks = max(1, min(-(-UNITS // units), self.blocks // 4))
         self.per_chunk = -(-self.blocks // self.chunks)
-        if mask is not None:
-            full = (shape.batch, shape.heads, shape.q_len, shape.kv_len)
-            if len(mask) > 4 or any(
-                a not in (1, b) for a, b in zip(mask[::-1], full[::-1], strict=False)
-            ):
-                raise ValueError(f"mask {mask} does not broadcast to {full}")
 
     @abstractmethod
     def pack_keys(self) -> None:

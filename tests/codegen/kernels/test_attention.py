@@ -203,11 +203,41 @@ def test_heads_of_other_widths_stay_float() -> None:
     assert word_product(frozenset({"avx2"}), 4) is None
 
 
+@pytest.mark.parametrize("lanes", [16, 8, 4])
+@pytest.mark.parametrize(
+    ("heads", "length", "dims"),
+    [
+        ((2, 2), 1, (16, 16)),
+        ((4, 2), 17, (32, 48)),
+        ((14, 2), 100, (64, 64)),
+        ((5, 1), 64, (16, 80)),
+    ],
+)
+def test_one_query(heads: tuple[int, int], length: int, dims: tuple[int, int], lanes: int) -> None:
+    check(2, *heads, (1, length), dims, lanes=lanes)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1, 48), (2, 4, 1, 48), (1, 4, 1, 1), (48,), (2, 1, 1, 33), (1, 1)]
+)
+def test_one_query_with_masks(shape: tuple[int, ...]) -> None:
+    length = shape[-1] if shape[-1] > 1 else 33
+    check(2, 4, 2, (1, length), (16, 16), masked(shape, SMALLEST))
+
+
+def test_one_query_is_not_packed() -> None:
+    assert "attention_row" in attention(1, 2, 2, 1, 50, 16, 16, 0.25, None, False, 16).name
+    for odd in (attention(1, 2, 2, 1, 50, 20, 16, 0.25, None, False, 16),
+                attention(1, 2, 2, 1, 50, 16, 16, 0.25, (50,), False, 16)):  # fmt: skip
+        assert "attention_row" not in odd.name
+
+
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="multiple of kv_heads 2"):
         attention(1, 3, 2, 4, 4, 8, 8, 1.0, None, False, 16)
-    with pytest.raises(ValueError, match="does not broadcast"):
-        attention(1, 2, 2, 4, 4, 8, 8, 1.0, (3, 4), False, 16)
+    for length in (4, 1):
+        with pytest.raises(ValueError, match="does not broadcast"):
+            attention(1, 2, 2, length, 16, 16, 16, 1.0, (3, 16), False, 16)
 
 
 def test_names_tell_all_parameters_apart() -> None:
