@@ -25,6 +25,7 @@ LINEAR = {
 CONV = {
     "x86-amx": "t3c.codegen.kernels.conv_amx:AmxConv",
     "x86-vnni": "t3c.codegen.kernels.conv_vnni:VnniConv",
+    "x86-avx-vnni": "t3c.codegen.kernels.conv_vnni:AvxVnniConv",
     "x86-avx2": "t3c.codegen.kernels.conv_avx2:Avx2Conv",
     "portable": "t3c.codegen.kernels.conv_portable:PortableConv",
     "generic": "t3c.codegen.generic:GenericConv",

@@ -69,7 +69,7 @@ AVX_VNNI = TargetSpec(
     arch=None,
     features=_V3 | {"avx_vnni"},
     linear="x86-avx-vnni",
-    conv="portable",
+    conv="x86-avx-vnni",
     rank_step=16,
     vector=8,
     # Not measured: a quarter of the paper peak of vpdpbusd on 256 bits at 3 GHz.

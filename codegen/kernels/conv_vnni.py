@@ -1,10 +1,11 @@
-"""Convolution with AVX-512 VNNI on channels-last codes: runs of pixels by vectors of channels.
+"""Convolution with VNNI on channels-last codes: runs of pixels by vectors of channels.
 
 A word of four activations is broadcast (the unsigned operand), a vector of weights is sixteen
 channels of one word (the signed one). Signed images are stored plus 128; their accumulators start
 at -128 times the sum of the weights.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import ClassVar, final
 from t3c.codegen.kernels import conv_flow
 from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Run, row_of, runs
 from t3c.codegen.kernels.conv_x86 import KINDS, AbstractX86Conv, op_of, shape_of
-from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, i32, lanes
+from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, lanes
 from t3c.codegen.kernels.family import ConvShape, Flow, Image, Kernel, Packed
 from t3c.codegen.kernels.image_codes import Grid
 from t3c.codegen.kernels.schedule import Op, Schedule, Scheduled
@@ -23,10 +24,6 @@ PARALLEL_MACS = 1 << 23
 """Multiply-adds worth several threads: about 50 us of one."""
 L1_BYTES = 48 << 10
 """Weights above a first-level cache are read once instead of once per row."""
-
-
-BLOCKS = ((14, 2), (7, 3), (8, 3), (7, 2), (6, 4), (28, 1), (14, 1))
-"""(pixels, vectors) of the accumulators that 32 registers hold beside their operands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +41,15 @@ class ConvSchedule(Schedule):
     outer: str
 
 
-@final
-class VnniConv(AbstractX86Conv, Scheduled):
-    """The family ``x86-vnni``."""
+class AbstractVnniConv(AbstractX86Conv, Scheduled):
+    """A family whose instruction is vpdpbusd."""
 
-    name: ClassVar[str] = "x86-vnni"
-    wide: ClassVar[bool] = True
+    blocks: ClassVar[tuple[tuple[int, int], ...]]
+    """(pixels, vectors) of the accumulators that the registers hold beside their operands."""
+
+    @abstractmethod
+    def block(self, op: Op) -> tuple[int, int]:
+        """The one of `blocks` that the rule takes."""
 
     def __init__(self, records: Mapping[str, Schedule] | None = None) -> None:
         """Records: key of an operator -> its tuned schedule."""
@@ -62,23 +62,17 @@ class VnniConv(AbstractX86Conv, Scheduled):
         groups = ceil_div(op["o"], LANES)
         return tuple(
             ConvSchedule(pixels, vectors, outer)
-            for pixels, vectors in BLOCKS
+            for pixels, vectors in self.blocks
             if vectors <= groups
             for outer in ("rows", "channels")
         )
 
     def default(self, op: Op) -> Schedule:
-        """As square a block as fits; weights that leave the first cache are read once."""
+        """The family's block; weights that leave the first cache are read once."""
         if op.kind not in KINDS:
             raise self.unknown(op)
         weights = op["c"] * op["o"] * op["kh"] * op["kw"]
-        groups = ceil_div(op["o"], LANES)
-        narrow = shape_of(op).out_size[1] <= 7
-        square = (7, 3) if narrow else (8, 3) if groups == 3 else (6, 4)
-        if op.kind == "planes":  # planes are transposed sixteen pixels at a time
-            square = (14, 2)
-        block = {1: (14, 1), 2: (14, 2)}.get(groups, square)
-        return ConvSchedule(*block, "channels" if weights > L1_BYTES else "rows")
+        return ConvSchedule(*self.block(op), "channels" if weights > L1_BYTES else "rows")
 
     def kernel(self, op: Op) -> Kernel:
         """A flow between unsigned images, a residual is codes too; planes by each image's range."""
@@ -101,8 +95,50 @@ class VnniConv(AbstractX86Conv, Scheduled):
         op = op_of(output.flow.shape, epilogue, output.kind)
         schedule = self.pick(op)
         assert isinstance(schedule, ConvSchedule)
-        _Product(output.e, output.flow, depth, most, schedule, output).write()
+        part = LANES if self.wide else LANES // 2
+        _Product(output.e, output.flow, depth, most, schedule, output, part).write()
         return op, schedule, self.suffix(op, schedule)
+
+
+@final
+class VnniConv(AbstractVnniConv):
+    """The family ``x86-vnni``: registers of 512 bits."""
+
+    name: ClassVar[str] = "x86-vnni"
+    wide: ClassVar[bool] = True
+    blocks: ClassVar[tuple[tuple[int, int], ...]] = (
+        (14, 2),
+        (7, 3),
+        (8, 3),
+        (7, 2),
+        (6, 4),
+        (28, 1),
+        (14, 1),
+    )
+
+    def block(self, op: Op) -> tuple[int, int]:
+        """As square as fits."""
+        groups = ceil_div(op["o"], LANES)
+        if groups == 1:
+            return 14, 1
+        if op.kind == "planes" or groups == 2:  # planes are transposed sixteen pixels at a time
+            return 14, 2
+        if shape_of(op).out_size[1] <= 7:
+            return 7, 3
+        return (8, 3) if groups == 3 else (6, 4)
+
+
+@final
+class AvxVnniConv(AbstractVnniConv):
+    """The family ``x86-avx-vnni``: registers of 256 bits, and sixteen of them."""
+
+    name: ClassVar[str] = "x86-avx-vnni"
+    wide: ClassVar[bool] = False
+    blocks: ClassVar[tuple[tuple[int, int], ...]] = ((6, 1), (5, 1), (4, 1))
+
+    def block(self, op: Op) -> tuple[int, int]:
+        """Twelve accumulators, two vectors of weights, one of pixels."""
+        return 6, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +151,7 @@ class _Product:
     channels_max: tuple[int, int]
     schedule: ConvSchedule
     output: Output
+    part: int
 
     @property
     def _skip(self) -> bool:
@@ -166,18 +203,24 @@ class _Product:
         """One run: products, then store."""
         e, s = self.e, self.flow.shape
         grid = Grid(self.flow.source)
+        here, parts = lanes(0, self.part), LANES // self.part
         acc = [
-            [e.alloc("acc", (LANES,), "int32") for _ in range(run.width)] for _ in range(vectors)
+            [
+                [e.alloc("acc", (self.part,), "int32") for _ in range(parts)]
+                for _ in range(run.width)
+            ]
+            for _ in range(vectors)
         ]
-        here = lanes(0)
-        for v, names in enumerate(acc):
-            value = i32(0)
-            if self.flow.source.signed:
-                out_max = ceil_div(self.channels_max[0], LANES) * LANES
-                line = (ceil_div(s.in_channels, RANK_STEP) - 1) * out_max
-                value = e.let("start", f"start[{lanes(f'{line} + ({group} + {v}) * {LANES}')}]")
-            for name in names:
-                e(f"{name}[{here}] = {value}")
+        for v, pixels in enumerate(acc):
+            for part in range(parts):
+                value = f"T.broadcast(0, {self.part})"
+                if self.flow.source.signed:
+                    out_max = ceil_div(self.channels_max[0], LANES) * LANES
+                    line = (ceil_div(s.in_channels, RANK_STEP) - 1) * out_max + part * self.part
+                    at = lanes(f"{line} + ({group} + {v}) * {LANES}", self.part)
+                    value = e.let("start", f"start[{at}]")
+                for pixel in pixels:
+                    e(f"{pixel[part]}[{here}] = {value}")
         top = e.let("top", f"{r} * {s.stride[0]} - {s.padding[0]}")
         first, count = "0", str(s.kernel[0])
         if self._skip and s.padding[0]:
@@ -198,7 +241,7 @@ class _Product:
                 for column_of, live in enumerate(run.live):
                     if live[0] < live[1]:
                         self._tap(r, start, tap, str(column_of), across, group, acc, live)
-        sums = [[f"{a}[{here}]" for a in names] for names in acc]
+        sums = [[self._sum(pixel) for pixel in pixels] for pixels in acc]
         self.output.finish(b, row_of(r, column, run.width), group, sums)
 
     def _tap(
@@ -209,7 +252,7 @@ class _Product:
         j: str,
         across: int,
         group: str,
-        acc: list[list[str]],
+        acc: list[list[list[str]]],
         live: tuple[int, int],
     ) -> None:
         """Add the products of one tap, or of one kernel row where its taps are merged."""
@@ -220,18 +263,31 @@ class _Product:
         with e.loop("q", depth.words) as q:
             weights = []
             for v in range(len(acc)):
-                where = f"((({group}) + {v}) * {depth.packed} + {word} + {q}) * 64"
-                weights.append(e.let("w", f"weight[{lanes(where, 64)}]"))
+                where = f"((({group}) + {v}) * {depth.packed} + {word} + {q}) * {WORD * LANES}"
+                width = WORD * self.part
+                weights.append(
+                    [
+                        e.let("w", f"weight[{lanes(f'{where} + {start}', width)}]")
+                        for start in range(0, WORD * LANES, width)
+                    ]
+                )
             if self.schedule.outer == "channels":  # the next block's weights, one vector a row
                 where = f"(({group}) + {len(acc)} + T.min({row}, {len(acc) - 1})) * {depth.packed}"
                 e.prefetch(f"weight[({where} + {word} + {q}) * 64]", False, 2)
             for p in range(*live):
                 four = f"codes[{lanes(f'{at} + {q} * {WORD} + {p * step}', WORD)}]"
-                word_of = f'T.broadcast(T.reinterpret({four}, dtype="int32"), {LANES})'
-                pixel = e.let("a", f'T.reinterpret({word_of}, dtype="int8x64")')
-                for names, w in zip(acc, weights, strict=True):
-                    total = f"{names[p]}[{lanes(0)}]"
-                    e(
-                        f'{total} = T.call_llvm_pure_intrin("int32x16", '
-                        f'"llvm.x86.avx512.vpdpbusd.512", {total}, {pixel}, {w})'
-                    )
+                word_of = f'T.broadcast(T.reinterpret({four}, dtype="int32"), {self.part})'
+                pixel = e.let("a", f'T.reinterpret({word_of}, dtype="int8x{WORD * self.part}")')
+                for pixels, vector in zip(acc, weights, strict=True):
+                    for name, w in zip(pixels[p], vector, strict=True):
+                        total = f"{name}[{lanes(0, self.part)}]"
+                        e(
+                            f'{total} = T.call_llvm_pure_intrin("int32x{self.part}", '
+                            f'"llvm.x86.avx512.vpdpbusd.{32 * self.part}", {total}, {pixel}, {w})'
+                        )
+
+    def _sum(self, names: list[str]) -> str:
+        """Sixteen lanes of one pixel."""
+        parts = [f"{name}[{lanes(0, self.part)}]" for name in names]
+        whole = f"T.Shuffle([{', '.join(parts)}], {list(range(LANES))})"
+        return parts[0] if len(parts) == 1 else whole

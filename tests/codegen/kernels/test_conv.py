@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from t3c.codegen.kernels.conv_amx import AmxConv
 from t3c.codegen.kernels.conv_avx2 import Avx2Conv
 from t3c.codegen.kernels.conv_portable import PortableConv
-from t3c.codegen.kernels.conv_vnni import VnniConv
+from t3c.codegen.kernels.conv_vnni import AvxVnniConv, VnniConv
 from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Kernel
 from t3c.core.codes import Matrix
 from t3c.core.errors import LoweringError
@@ -27,6 +27,12 @@ Array = NDArray[Any]
 FAMILIES: dict[str, tuple[AbstractConvKernels, str, frozenset[str]]] = {
     "x86-vnni": (VnniConv(), "icelake-server", frozenset({"avx512f", "avx512_vnni"})),
     "x86-amx": (AmxConv(), "sapphirerapids", frozenset({"avx512f", "avx512_vnni"})),
+    # its 256-bit instruction, in the spelling of AVX-512
+    "x86-avx-vnni": (
+        AvxVnniConv(),
+        "icelake-server",
+        frozenset({"avx512vl", "avx512_vnni"}),
+    ),
     "x86-avx2": (Avx2Conv(), "x86-64-v3", frozenset({"avx2", "fma"})),
     "portable": (PortableConv(), "", frozenset()),
 }

@@ -1,5 +1,6 @@
 """Codes that flow between convolutions: exact sums, codes to a tie's breadth, exact halos."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from t3c.codegen.kernels.conv_avx2 import Avx2Conv
 from t3c.codegen.kernels.conv_portable import PortableConv
-from t3c.codegen.kernels.conv_vnni import VnniConv
+from t3c.codegen.kernels.conv_vnni import AvxVnniConv, VnniConv
 from t3c.codegen.kernels.conv_x86 import op_of, shape_of
 from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Flow, Image, Kernel
 from t3c.codegen.kernels.image_codes import Grid
@@ -280,6 +281,21 @@ def test_every_schedule_computes_the_same() -> None:
         VnniConv().default(replace(op, kind="pool"))
     with pytest.raises(LoweringError, match="no schedules for operator"):
         VnniConv().schedules(replace(op, kind="pool"))
+
+
+@pytest.mark.parametrize("kernels", [AvxVnniConv(), Avx2Conv()], ids=["avx-vnni", "avx2"])
+@pytest.mark.parametrize("floats", [False, True])
+def test_half_vectors_need_no_wide_registers(kernels: AbstractConvKernels, floats: bool) -> None:
+    s = shape(16, 40, (5, 9), (3, 3), (1, 1), (1, 1))
+    source, target = Image(1, 16, (5, 9), 1, False), Image(1, 40, (5, 9), 0, False)
+    kernel = kernels.flow(Flow(s, source, target, floats=floats), None, "relu")
+    level = {"kind": "llvm", "mcpu": "x86-64-v3", "mattr": ["+avxvnni"]}
+    module = tvm.compile(
+        tvm.IRModule({kernel.name: read_function(kernel.source)}), target=tvm.target.Target(level)
+    )
+    code = module.mod.inspect_source("asm")
+    assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b", code)
+    assert re.search(r"vpmaddwd.*%ymm" if kernels.name == "x86-avx2" else r"vpdpbusd.*%ymm", code)
 
 
 def test_every_schedule_of_avx2_computes_the_same() -> None:
