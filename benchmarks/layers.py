@@ -32,7 +32,7 @@ GROUPS = (
     ("attention", r"attention|softmax"),
     ("norm", r"layer_norm|rms_norm|norm"),
     ("quantize", r"quantize|image_encode|image_decode"),
-    ("GEMM and convolution", r"linear|conv|matmul|gemv"),
+    ("GEMM and convolution", r"linear|conv|flow|matmul|gemv"),
     ("layout", r"transpose|reshape|concat|strided_slice|permute|take|pad|stack|split|expand"),
     ("element-wise", r""),
 )
@@ -152,7 +152,7 @@ def multiply_adds(name: str) -> int:
     if linear := re.search(r"linear_\w+?_(dense|low_rank)_m(\d+)_n(\d+)_k(\d+)(_r(\d+))?", name):
         m, n, k = map(int, linear.group(2, 3, 4))
         return m * n * k if linear[1] == "dense" else m * int(linear[6]) * (n + k)
-    pattern = r"conv_o(\d+)\w*?_1x(\d+)x(\d+)x(\d+)\w*?_k(\d+)x(\d+)_s(\d+)x(\d+)"
+    pattern = r"(?:conv|flow)_o(\d+)\w*?_1x(\d+)x(\d+)x(\d+)\w*?_k(\d+)x(\d+)_s(\d+)x(\d+)"
     if conv := re.search(pattern, name):
         out, channels, high, wide, kh, kw, sh, sw = map(int, conv.groups())
         return out * channels * kh * kw * -(-high // sh) * -(-wide // sw)
@@ -167,7 +167,7 @@ def weight_bytes(name: str) -> int:
     if linear := re.search(r"linear_\w+?_(dense|low_rank)_m(\d+)_n(\d+)_k(\d+)(_r(\d+))?", name):
         n, k = map(int, linear.group(3, 4))
         return n * k if linear[1] == "dense" else int(linear[6]) * (n + k)
-    if conv := re.search(r"conv_o(\d+)\w*?_1x(\d+)x\d+x\d+\w*?_k(\d+)x(\d+)_", name):
+    if conv := re.search(r"(?:conv|flow)_o(\d+)\w*?_1x(\d+)x\d+x\d+\w*?_k(\d+)x(\d+)_", name):
         out, channels, high, wide = map(int, conv.groups())
         return out * channels * high * wide
     return 0

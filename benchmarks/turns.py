@@ -89,17 +89,21 @@ def quiet(lock: Path | None, cpus: Sequence[int]) -> Generator[None]:
                 os.sched_setaffinity(task, cpus)
             with suppress(OSError):  # the superuser's right
                 os.setpriority(os.PRIO_PROCESS, task, PRIORITY)
-        _group_priority(PRIORITY)
-        yield
+        before = _group_priority(PRIORITY)
+        try:
+            yield
+        finally:
+            _group_priority(before)
     finally:
-        _group_priority(0)
         if handle is not None:
             handle.close()
 
 
-def _group_priority(nice: int) -> None:
-    """Of the shell session: Linux shares processors among sessions first, where it groups them."""
+def _group_priority(nice: int) -> int:
+    """Set that of the shell session, which shares processors with others first; the old one."""
     group = Path("/proc/self/autogroup")
-    if group.exists():
-        with suppress(OSError):
-            group.write_text(str(nice))
+    before = 0
+    with suppress(OSError, ValueError):
+        before = int(group.read_text().split()[-1])
+        group.write_text(str(nice))
+    return before
