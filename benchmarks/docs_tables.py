@@ -98,7 +98,7 @@ def _line(record: dict[str, Any], column: str) -> str:
     for name in (*PEERS, *OURS):
         row = rows.get(name)
         cells.append("-" if row is None else f"{row[column]:.1f} ({row[column] / best:.2f})")
-        errors.append("-" if row is None else f"{row['error']:.2g}")
+        errors.append("-" if row is None or row["error"] is None else f"{row['error']:.2g}")
     return f"| {record['title']} | {' | '.join(cells)} | {' / '.join(errors)} |"
 
 
