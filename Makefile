@@ -23,7 +23,7 @@ TVM := $(shell sed -n 's/^ *"\(apache-tvm[^"]*\)".*/\1/p' pyproject.toml)
 .DELETE_ON_ERROR:
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -ra $(TEST_ARGS)
+	$(BIN)/python -m pytest -ra -n auto --dist loadfile $(TEST_ARGS)
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo_minilm.py
@@ -34,7 +34,7 @@ check: .venv/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -ra $(TEST_ARGS)
+	$(BIN)/python -m pytest -ra -n auto --dist loadfile $(TEST_ARGS)
 
 bench: .venv/bench.stamp
 	$(BIN)/python -m benchmarks.$(BENCH) $(BENCH_ARGS)
