@@ -8,7 +8,7 @@ the share of what the family's multiply-add instructions reach when they do noth
 
     python benchmarks/conv_kernels.py [--rounds 30] [--family x86-vnni] [--units text]
 
-writes conv_kernels.json (of another family conv_kernels-<family>.json) beside this file. To hold
+writes conv_kernels.json (of x86-avx2 conv_kernels_avx2.json and so on) beside this file. To hold
 OpenVINO to the instructions of AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 and DNNL_MAX_CPU_ISA=AVX2.
 """
 
@@ -330,7 +330,8 @@ def main() -> None:
         "versions": {name: _version(name) for name in ("torch", "onnxruntime", "openvino")},
         "rows": rows,
     }
-    ending = "" if options.family == "x86-vnni" else f"-{options.family}"
+    level = options.family.removeprefix("x86-").replace("-", "_")
+    ending = "" if level == "vnni" else f"_{level}"
     path = Path(__file__).with_name(f"conv_kernels{ending}.json")
     path.write_text(json.dumps(report, indent=1) + "\n")
 
