@@ -39,17 +39,21 @@ from t3c.codegen.families import families_of
 from t3c.codegen.kernels.emit import Emitter, buffer, lanes
 from t3c.codegen.kernels.family import Kernel
 from t3c.codegen.script import read_function
-from t3c.codegen.tvm_api import relax, tvm
+from t3c.codegen.tvm_api import tvm
 from t3c.core.codes import quantize_groups, quantize_weight
 from t3c.core.formats import Dense, Format
+from t3c.core.manifest import TensorSpec
 from t3c.passes.pipeline import lowering_graph
+from t3c.runtime import tvm_vm
+from t3c.runtime.entry import NativeEntry, Scratch
+from t3c.runtime.weights import aligned_copy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples.decode import Shape, tinyllama_step
 
 Call = Callable[[], Any]
 WIDTH = 4096
-LAYERS = 4
+LAYERS = 2
 RANK = 1024
 STREAM_BYTES = 1 << 26
 SETTINGS = {
@@ -161,14 +165,20 @@ def profiles(model: torch.nn.Module, inputs: tuple[Any, ...]) -> dict[str, Call]
         },
         targets.detect_host(),
     )
-    machine = relax.VirtualMachine(built.executable, tvm.cpu())
-    given = tensors([x.numpy() for x in elastic.example_inputs])
+    with tempfile.TemporaryDirectory() as folder:
+        built.save(Path(folder) / "model.so")
+        library = tvm_vm.Library(Path(folder) / "model.so", "llvm")
+    given = [tvm_vm.share(aligned_copy(x.numpy())) for x in elastic.example_inputs]
+    with torch.inference_mode():
+        results = elastic.graph(*elastic.example_inputs)
+    outs = [TensorSpec(f"y{i}", tuple(y.shape), "float32") for i, y in enumerate(results)]
 
     def run(name: str) -> Call:
         made = built.profiles[name.replace(" ", "_")]
-        function = machine[made.function]
-        weights = tuple(tensors([built.tensors[t] for t in made.weights]))
-        return lambda: function(*given, weights)[0].numpy()
+        weights = [tvm_vm.share(aligned_copy(built.tensors[t])) for t in made.weights]
+        function = library.native(made.function)
+        call = NativeEntry(function, weights, made.arena_bytes or 0, outs, Scratch())
+        return lambda: call(given, as_torch=False)[0]
 
     return {name: run(name) for name in formats}
 
@@ -397,7 +407,7 @@ def gemv(rounds: int) -> list[dict[str, Any]]:
 
 def block(rounds: int) -> list[dict[str, Any]]:
     """The chain of decoder layers."""
-    shape = Shape(layers=2)
+    shape = Shape(layers=1)
     model, inputs = tinyllama_step(shape)
     count = sum(p.numel() for p in model.parameters() if p.dim() == 2) // shape.layers
     cache = 8 * shape.past * shape.kv_heads * shape.head_dim
