@@ -125,6 +125,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def stored(target: str, part: str) -> list[dict[str, Any]]:
+    """Rows of an earlier run."""
+    data = json.loads(OUT.read_text()) if OUT.exists() else {"targets": {}}
+    rows: list[dict[str, Any]] = data["targets"].get(target, {}).get(part, {}).get("rows", [])
+    return rows
+
+
 def store(target: str, part: Mapping[str, Any]) -> None:
     """Put one result beside the others of its target."""
     data = json.loads(OUT.read_text()) if OUT.exists() else {"schema": 1, "targets": {}}

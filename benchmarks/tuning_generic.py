@@ -12,11 +12,11 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from tuning import store
+from tuning import store, stored
 
 from t3c import targets
 from t3c.codegen.families import families_of
@@ -178,23 +178,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="MetaSchedule against our kernels and rules.")
     parser.add_argument("--target", default="x86-vnni")
     parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--only", default="", help="cases whose name has this text")
     options = parser.parse_args()
     os.environ["TVM_NUM_THREADS"] = "1"
     spec = targets.get(options.target)
     target = make_target({"kind": "llvm", "mcpu": spec.mcpu, "num-cores": 1})
-    rows = []
+    rows = {row["what"]: row for row in stored(options.target, "generic_search")}
+    for label, ours, naive, rules in cases(spec, target):
+        if options.only in label:
+            row = compare(label, ours, naive, target, options.trials, rules)
+            rows[label] = row
+            store(options.target, {"generic_search": {"rows": list(rows.values())}})
+
+
+def cases(spec: TargetSpec, target: Any) -> Iterator[tuple[str, Contestant, Any, Any]]:
+    """(name, ours, naive loops, space of the search)."""
     if spec.linear == "x86-vnni":
         register_intrinsic()
         for m, n, k in ((197, 768, 768), (128, 3072, 768)):
             ours = product_of_ours(spec, target, m, n, k)
-            rules = space()
-            label = f"int8 product {m}x{n}x{k}"
-            rows.append(compare(label, ours, int8_product(m, n, k), target, options.trials, rules))
+            yield f"int8 product {m}x{n}x{k}", ours, int8_product(m, n, k), space()
     for label, function in float_cases().items():
-        mine = tvm.IRModule({"main": by_rules(function, spec)})
-        ours = contestant(mine, target)
-        rows.append(compare(label, ours, function, target, options.trials, "post-order-apply"))
-    store(options.target, {"generic_search": {"trials": options.trials, "rows": rows}})
+        mine = by_rules(function, spec).with_attr("global_symbol", "main")
+        ours = contestant(tvm.IRModule({"main": mine}), target)
+        yield label, ours, function, "post-order-apply"
 
 
 def product_of_ours(spec: TargetSpec, target: Any, m: int, n: int, k: int) -> Contestant:
@@ -218,7 +225,7 @@ def compare(
         "ratio": round(r.median, 2),
         "interval": [round(r.low, 2), round(r.high, 2)],
         "search_s": round(seconds, 1),
-        "measured": measured,
+        "trials": measured,
     }
     print(row, flush=True)
     return row
