@@ -60,4 +60,4 @@ class Ranking:
             return []
         x = np.stack([features(op, choices[name]) for name in names])
         predicted = self._booster.predict(xgboost.DMatrix(x))
-        return [names[i] for i in np.argsort(predicted, kind="stable")]
+        return [names[int(i)] for i in np.argsort(predicted, kind="stable")]

@@ -145,7 +145,7 @@ def _parse(
     name, measured = data.get("family"), data.get("machine")
     mine = [family for family in families if family.name == name]
     if not mine:
-        return None if name in known else f"unknown kernel family {name!r}"
+        return None if str(name) in known else f"unknown kernel family {name!r}"
     if measured != machine.key:
         return f"measured on {measured!r}, this machine is {machine.key!r}"
     for family in mine:
