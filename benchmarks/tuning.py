@@ -135,9 +135,13 @@ def stored(target: str, part: str) -> list[dict[str, Any]]:
 def store(target: str, part: Mapping[str, Any]) -> None:
     """Put one result beside the others of its target."""
     data = json.loads(OUT.read_text()) if OUT.exists() else {"schema": 1, "targets": {}}
+    words = sys.argv[1:]
+    if "--folder" in words:  # where trials lie is the machine's business
+        at = words.index("--folder")
+        words = words[:at] + words[at + 2 :]
     stamp = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "machine": this_machine().key,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
