@@ -275,7 +275,7 @@ class Manifest:
                 output_tree=f.mapping("output_tree"),
                 profiles=f.each("profiles", _profile_from_json),
                 report=ConversionReport(f.each("report", _row_from_json)),
-                gate=f.each("gate", _gate_from_json),
+                gate=f.optional("gate", lambda k: f.each(k, _gate_from_json)) or (),
                 assumptions=f.texts("assumptions"),
                 calibration_sha256=f.optional("calibration_sha256", f.text),
                 files=f.each("files", _file_from_json),

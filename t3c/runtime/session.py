@@ -22,7 +22,7 @@ from t3c.core.errors import ArtifactError, T3CError
 from t3c.core.manifest import CompiledProfile, Manifest, TensorSpec
 from t3c.core.probe import Probe, Trace
 from t3c.core.profile import Label, Profile, Timing
-from t3c.core.structure import Tree, flatten, unflatten
+from t3c.core.structure import LEAF, Tree, flatten, unflatten
 from t3c.runtime import host, tvm_vm
 from t3c.runtime.entry import Entry, MachineEntry, NativeEntry, Scratch
 from t3c.runtime.threads import default_threads
@@ -92,6 +92,8 @@ class Session:
         self._tensors: dict[str, Any] = {}
         self._scratch = Scratch()
         self._bind = Binder(self.manifest.input_tree, self.manifest.inputs)
+        on_host = self._library.on_host
+        self._expected = [Expected(spec, on_host=on_host) for spec in self.manifest.inputs]
         self._compiled = {p.profile.name: p for p in self.manifest.profiles}
         self._variants = {p.profile.name: self._variant(p) for p in self.manifest.profiles}
         self._selector = Selector(self.manifest.chain)
@@ -307,9 +309,12 @@ class Session:
     def _run(self, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given = self._bind(args, kwargs)
         torch: Any = sys.modules.get("torch")
-        as_torch = torch is not None and any(isinstance(value, torch.Tensor) for value in given)
-        specs = self.manifest.inputs
-        inputs = [self._input(spec, v) for spec, v in zip(specs, given, strict=True)]
+        as_torch = False
+        inputs = []
+        for expected, value in zip(self._expected, given, strict=True):
+            if torch is not None and isinstance(value, torch.Tensor):
+                as_torch = True
+            inputs.append(expected.ready(value) or self._input(expected.spec, value))
         outputs = variant._entry(inputs, as_torch=as_torch)  # pyright: ignore[reportPrivateUsage]
         return unflatten(self.manifest.output_tree, iter(outputs))
 
@@ -333,6 +338,28 @@ class Session:
         return aligned_copy(array)
 
 
+class Expected:
+    """One input, known well enough to recognize at a glance what needs no check and no copy."""
+
+    def __init__(self, spec: TensorSpec, *, on_host: bool) -> None:
+        """Take what the manifest says; arrays of a library for another device are never ready."""
+        self.spec = spec
+        self._shape, self._dtype = spec.shape, np.dtype(spec.dtype)
+        self._on_host = on_host
+
+    def ready(self, value: Any) -> Any | None:
+        """A TVM tensor over a numpy array that kernels can read as it is; None: look closer."""
+        if type(value) is not np.ndarray or not self._on_host:
+            return None
+        flags = value.flags
+        if value.dtype != self._dtype or value.shape != self._shape:
+            return None
+        if not (flags.c_contiguous and flags.writeable):
+            return None
+        tensor = tvm_vm.share(value)
+        return tensor if tvm_vm.aligned(tensor) else None
+
+
 class Binder:
     """Finds the flat inputs in the arguments of a call."""
 
@@ -340,6 +367,8 @@ class Binder:
         """Take the nesting of the model's arguments and the names of its flat inputs."""
         self._tree = tree
         self._names = [spec.name for spec in specs]
+        positional, named = tree["items"]
+        self._plain = not named["items"] and all(part == LEAF for part in positional["items"])
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The inputs in order: as the model nests them, else flat by position and name.
@@ -347,6 +376,8 @@ class Binder:
         Raises:
             TypeError: Neither fits.
         """
+        if self._plain and not kwargs and len(args) == len(self._names):
+            return list(args)
         try:
             return flatten(self._tree, (args, kwargs), "arguments")
         except TypeError as error:

@@ -18,8 +18,8 @@ SPINS = 2000
 """Looks for work before a worker sleeps: about half a millisecond, longer than what lies between
 two parallel kernels of a call. Waking it up takes 5 to 50 us."""
 WORKERS = 8
-"""Workers of a pool, at least, where there are so many cores: a pool never grows, so a session
-with more threads than the thread's first one would be left with fewer."""
+"""Workers of a pool, at least, where there are so many processors: a pool never grows, so a session
+with more threads than the thread's first one, or one in a wider mask, would be left with fewer."""
 _SHARE_ALL = -3
 _CPU = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -103,7 +103,7 @@ def use(count: int) -> None:
     if _pool.used == count:
         return
     if _pool.workers == 0:
-        _pool.workers = max(count, min(WORKERS, available_cores()))
+        _pool.workers = max(count, min(WORKERS, os.cpu_count() or 1))
         _configure(_pool.workers)
     _configure(min(count, _pool.workers))
     _pool.used = count
