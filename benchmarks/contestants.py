@@ -28,7 +28,7 @@ class Contestant:
 
     Attributes:
         name: For example ``OpenVINO int8``.
-        kind: ``ours``, ``int8`` or ``float``.
+        kind: ``ours``, ``int8``, ``float``, or ``unrestricted`` where a level cannot be enforced.
         candidates: Settings, in words -> function that makes it; the fastest one runs.
         note: What the reader must know, such as a level that could not be restricted.
     """
@@ -195,7 +195,7 @@ def ort_peers(net: Network, setting: Setting) -> Iterator[Contestant]:
     }
     for name, (kind, candidates) in files.items():
         made = {how: (lambda f=f: session(f)) for how, f in candidates.items()}
-        yield Contestant(name, kind, made, note)
+        yield Contestant(name, kind if setting.isa == "native" else "unrestricted", made, note)
 
 
 def openvino_prepare(net: Network, setting: Setting) -> None:

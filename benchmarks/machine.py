@@ -16,7 +16,7 @@ FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_
 def describe() -> dict[str, Any]:
     """Processor, caches, instruction sets, load, versions, source and command of this run."""
     return {
-        "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": _command(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpuinfo("model name"),
         "family": f"{_cpuinfo('cpu family')}/{_cpuinfo('model')}/{_cpuinfo('stepping')}",
@@ -28,6 +28,20 @@ def describe() -> dict[str, Any]:
         "commit": _commit(),
         "versions": _versions(),
     }
+
+
+def _command(argv: list[str]) -> str:
+    """What was called, without folders of this machine: options with a path are left out."""
+    name = Path(argv[0]).stem
+    module = "benchmarks" if name in ("one", "run", "__main__") else f"benchmarks.{name}"
+    words = [word for word in argv[1:] if word not in ("time", "prepare")]
+    kept = [
+        word
+        for i, word in enumerate(words)
+        if not word.startswith("/")
+        and not (word.startswith("--") and words[i + 1 : i + 2] and words[i + 1].startswith("/"))
+    ]
+    return " ".join(["python", "-m", module, *kept])
 
 
 def _cpuinfo(key: str) -> str:
