@@ -6,8 +6,8 @@ FOLDER is an artifact that `t3c.lower` kept as `checks`: its library has traces.
 and its largest profile: a call of the session with numpy and with torch inputs, the native function
 alone, the sum of its kernels (the cycle counter between them costs some time itself); memory that a
 warm call asks for; the same call on one thread and on several, kernel by kernel. `--before` is
-another artifact of the same network, called in turn. Results go to benchmarks/results/overhead.json,
-one entry for each name.
+another artifact of the same network, called in turn. Results go to
+benchmarks/results/overhead.json, one entry for each name.
 """
 
 import argparse
