@@ -51,7 +51,8 @@ def main() -> None:
     if options.allocations:
         print(json.dumps(allocations(load(options.artifact, hashes=False, threads=1))))
         return
-    record: dict[str, Any] = {"machine": machine.describe()}
+    command = f"python -m benchmarks.overhead {options.artifact.name}"
+    record: dict[str, Any] = {"machine": machine.describe() | {"command": command}}
     with quiet(options.lock, [0]):
         record["calls"] = calls(options.artifact, options.before)
     record["allocations"] = count(options.artifact)
