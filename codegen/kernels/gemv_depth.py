@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Rows up to which a kernel waits for its weights."""
-STREAMS = (8, 4, 2, 1)
+STREAMS = 8
 """Depths that are read in turn: one stream alone waits at every page. Two neighbouring panels of
 each in turn took 1.3 times as long as one (4096x1024, cold)."""
 BYTES_US = 2e4
@@ -34,7 +34,7 @@ class DepthCut:
     Attributes:
         panels: Panels of the output.
         depth: Blocks of 64 inputs.
-        streams: Depths of a block; divides `depth`.
+        streams: Depths of a block.
     """
 
     panels: int
@@ -44,15 +44,14 @@ class DepthCut:
     @classmethod
     def of(cls, most: int, each: int, panels: int, depth: int) -> Self:
         """As many streams as `most` accumulators allow, `each` for a panel and depth."""
-        streams = next(s for s in STREAMS if depth % s == 0 and (s * each <= most or s == 1))
-        return cls(panels, depth, streams)
+        return cls(panels, depth, min(STREAMS, depth, max(1, most // each)))
 
 
 def walk_depth(
     e: Emitter,
     cut: DepthCut,
     threads: bool,
-    body: Callable[[str, Sequence[str], str], None],
+    body: Callable[[str, Sequence[str], str | None], None],
 ) -> None:
     """Emit the loops over depths and panels.
 
@@ -61,21 +60,24 @@ def walk_depth(
         cut: The blocks.
         threads: Whether the work is worth several threads.
         body: Emits one block, of (panel, depths, first): the condition of a first visit, "" where
-            there is no other.
+            there is no other, None where there was one.
     """
-    blocks = cut.panels
-    hop = cut.depth // cut.streams
-    tasks = min(TASKS, blocks) if threads else 1
-    each = ceil_div(blocks, tasks)
-    with (
-        e.parallel("task", tasks, threads) as task,
-        e.loop("k", hop) as kb,
-        e.loop("n", each) as inner,
-    ):
-        block = e.let("nb", f"{task} * {each} + {inner}")
-        with e.maybe(f"{block} < {blocks}" if tasks * each > blocks else ""):
-            first = f"{kb} == 0" if hop > 1 else ""
-            body(block, [f"{kb} + {s * hop}" for s in range(cut.streams)], first)
+    hop, rest = divmod(cut.depth, cut.streams)
+    tasks = min(TASKS, cut.panels) if threads else 1
+    each = ceil_div(cut.panels, tasks)
+
+    def run(task: str, depths: Sequence[str], first: str | None) -> None:
+        with e.loop("n", each) as inner:
+            panel = e.let("panel", f"{task} * {each} + {inner}")
+            with e.maybe(f"{panel} < {cut.panels}" if tasks * each > cut.panels else ""):
+                body(panel, depths, first)
+
+    with e.parallel("task", tasks, threads) as task:
+        with e.loop("k", hop) as kb:
+            depths = [f"{kb} + {s * hop}" for s in range(cut.streams)]
+            run(task, depths, f"{kb} == 0" if hop > 1 else "")
+        if rest:
+            run(task, [str(hop * cut.streams + s) for s in range(rest)], None)
 
 
 def each_panel(e: Emitter, n: int) -> Iterator[tuple[str, int]]:
@@ -152,7 +154,8 @@ class DepthProduct:
                 start = e.let("start", f'T.cast({excess}, "int32")')
             for p in parts:
                 place = f"{total}[{row}, {lanes(f'({panel}) * {PANEL} + {p}', part)}]"
-                with e.maybe(first):
-                    e(f"{place} = T.broadcast({start}, {part})")
+                if first is not None:
+                    with e.maybe(first):
+                        e(f"{place} = T.broadcast({start}, {part})")
                 values = [f"{accs[row, d, p]}[{lanes(0, part)}]" for d in depths]
                 e(f"{place} = {place} + {' + '.join(values)}")

@@ -287,12 +287,13 @@ class GroupProduct:
         panels = ceil_div(n, PANEL)
         total = e.alloc("total", (m, panels * PANEL), "float32")
 
-        def body(panel: str, groups: Sequence[str], first: str) -> None:
+        def body(panel: str, groups: Sequence[str], first: str | None) -> None:
             starts = [f"({panel}) * {PANEL} + {p}" for p in range(0, LANES, part)]
             sums = [[f"{total}[{row}, {lanes(at, part)}]" for at in starts] for row in rows]
-            with e.maybe(first):
-                for place in chain(*sums):
-                    e(f"{place} = T.broadcast(T.float32(0), {part})")
+            if first is not None:
+                with e.maybe(first):
+                    for place in chain(*sums):
+                        e(f"{place} = T.broadcast(T.float32(0), {part})")
             accs = self._group(e, rows, [(panel, group) for group in groups])
             each = LANES // part
             for s, group in enumerate(groups):

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from t3c.codegen.kernels.family import AbstractGroupedKernels
-from t3c.codegen.kernels.gemv_avx2 import Avx2Groups
+from t3c.codegen.kernels.gemv_avx_vnni import AvxVnniGroups
 from t3c.codegen.kernels.linear_row_family import AbstractRowFamily
 from t3c.codegen.kernels.linear_rows import Dot, RowKernels
 from t3c.codegen.kernels.linear_tiles import CodeLayout
@@ -51,7 +51,7 @@ class AvxVnniLinear(AbstractRowFamily):
 
     name: ClassVar[str] = "x86-avx-vnni"
     rank_step: ClassVar[int] = 16
-    grouped: ClassVar[AbstractGroupedKernels] = Avx2Groups()
+    grouped: ClassVar[AbstractGroupedKernels] = AvxVnniGroups()
     _rows: ClassVar[RowKernels] = RowKernels("x86_avx_vnni", HalfVnniDot())
 
     @property

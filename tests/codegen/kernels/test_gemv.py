@@ -8,6 +8,7 @@ import pytest
 from t3c.codegen.kernels.family import AbstractGroupedKernels, AbstractLinearKernels
 from t3c.codegen.kernels.linear_amx import AmxLinear
 from t3c.codegen.kernels.linear_avx2 import Avx2Linear
+from t3c.codegen.kernels.linear_avx_vnni import AvxVnniLinear
 from t3c.codegen.kernels.linear_portable import PortableLinear
 from t3c.codegen.kernels.linear_sdot import SdotLinear
 from t3c.codegen.kernels.linear_vnni import VnniLinear
@@ -21,6 +22,7 @@ __all__ = ["bench", "tiles"]  # fixtures
 FAMILIES: tuple[AbstractLinearKernels, ...] = (
     AmxLinear(),
     VnniLinear(),
+    AvxVnniLinear(),
     Avx2Linear(),
     PortableLinear(),
     SdotLinear(),
@@ -94,14 +96,14 @@ def test_one_low_rank_buffer_serves_every_rank(bench: Bench, m: int, n: int, k: 
     residual = rng.standard_normal((m, n)).astype(np.float32)
     quantized = bench.run(bench.family.quantize(m, k), x)
     packed = four(bench.family).pack_low_rank(low, high, bias).values()
-    for rank in (bench.family.rank_step, 128, rank_max):
+    for rank in (bench.family.rank_step, 128, rank_max):  # 1 to 3 groups
         kernel = four(bench.family).low_rank(m, n, k, rank, rank_max, "add")
         (y,) = bench.run(kernel, *quantized, *packed, residual)
         expected = ops.low_rank(x, low.prefix(rank), high.prefix(None, rank), bias) + residual
         np.testing.assert_allclose(y, expected, rtol=4e-6, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("m", "rank"), [(1, 512), (2, 256), (4, 192)])
+@pytest.mark.parametrize(("m", "rank"), [(1, 512), (1, 1088), (2, 640), (4, 192)])
 def test_int8_factors_are_read_from_front_to_back(bench: Bench, m: int, rank: int) -> None:
     n, k = 72, 96
     rng = np.random.default_rng(rank)
