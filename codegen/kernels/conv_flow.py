@@ -123,7 +123,7 @@ class Run:
 
 
 def runs(shape: ConvShape, longest: int, *, skip: bool) -> tuple[Run, ...]:
-    """Cut one output row into runs of at most `longest` pixels, as equal as can be.
+    """Cut one output row into runs of at most `longest` pixels: two lengths, the longer ones first.
 
     Args:
         shape: Sizes.
@@ -135,7 +135,7 @@ def runs(shape: ConvShape, longest: int, *, skip: bool) -> tuple[Run, ...]:
     found: list[Run] = []
     first = 0
     for i in range(parts):
-        width = out * (i + 1) // parts - first
+        width = out // parts + (i < out % parts)
         live = []
         for j in range(shape.kernel[1]):
             inside = [

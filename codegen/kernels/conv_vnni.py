@@ -25,6 +25,9 @@ PARALLEL_MACS = 1 << 23
 L1_BYTES = 48 << 10
 """Weights above a first-level cache are read once instead of once per row."""
 
+THIN = 160
+"""Products up to which storing a block takes so long that the next one should begin early."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConvSchedule(Schedule):
@@ -112,6 +115,7 @@ class VnniConv(AbstractVnniConv):
         (8, 3),
         (7, 2),
         (6, 4),
+        (4, 4),
         (28, 1),
         (14, 1),
     )
@@ -123,6 +127,8 @@ class VnniConv(AbstractVnniConv):
             return 14, 1
         if op.kind == "planes" or groups == 2:  # planes are transposed sixteen pixels at a time
             return 14, 2
+        if op["c"] * op["kh"] * op["kw"] <= THIN:
+            return 7, 2
         if shape_of(op).out_size[1] <= 7:
             return 7, 3
         return (8, 3) if groups == 3 else (6, 4)
