@@ -5,88 +5,63 @@ import json
 import math
 import os
 import platform
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, count
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from t3c import targets
+from t3c import proof, targets
 from t3c.certificate import observed
 from t3c.certificate.calibrated import LEVELS, calibrate
 from t3c.certificate.library import library_scores
-from t3c.codegen.build import Built, build, is_host
+from t3c.codegen.build import Built, build
 from t3c.codegen.families import tuned_schedules
 from t3c.codegen.kernels.schedule import Schedule
 from t3c.codegen.tools import require
 from t3c.codegen.tune.network import operators, tune
 from t3c.codegen.tune.search import RECORDS
 from t3c.controller.plan import Plan, plan
-from t3c.controller.verdict import Verdicts, judge
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
 from t3c.core.certificate import Certificate
 from t3c.core.codes import SiteCodes
-from t3c.core.errors import LoweringError, ParityError, PassError, TargetError
+from t3c.core.errors import LoweringError, PassError, TargetError
 from t3c.core.formats import Format
 from t3c.core.manifest import (
     CompiledProfile,
     Manifest,
-    Parity,
     Stages,
     TargetInfo,
     TensorSpec,
-    Where,
 )
-from t3c.core.probe import Probe
-from t3c.core.profile import Profile, ProfileChain, Timing
+from t3c.core.profile import ProfileChain
 from t3c.core.sites import Site
 from t3c.core.structure import LEAF, Tree
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.linear import ElasticLinear
 from t3c.elastic.model import ElasticModel
-from t3c.elastic.shadow import relative, shadow
 from t3c.elastic.snap import Snap
 from t3c.elastic.table import Table
 from t3c.passes.capture import Captured, capture
 from t3c.passes.pipeline import lowering_graph, rewrite
 from t3c.passes.sites import Choice, Makers
-from t3c.runtime import bundle, emulate
-from t3c.runtime.session import Session, load, summarize
+from t3c.proof import TOLERANCE, Batch, Bench, Notes, Progress, increasing
+from t3c.runtime import bundle
+from t3c.runtime.session import load
 from t3c.targets import TargetSpec
 
 __all__ = ["TOLERANCE", "certify", "elasticize", "load", "lower"]
 
-Progress = Callable[[str, int, int], None]
 Model = nn.Module | ExportedProgram | ElasticModel
-Batch = tuple[Tensor, ...]
 
-TOLERANCE = 1e-2
-"""Relative L2 error allowed between the library and the fake-quantized torch reference, on any
-stretch between two roundings (t3c.elastic.shadow)."""
-PARITY_INPUTS = 2
-"""Calibration inputs on which every profile is proved."""
-WARMUP = 5
-"""Calls before the timed ones."""
-TIMING_SECONDS = 20.0
-"""All profiles together are timed no longer than this, but at least `LEAST_CALLS` times."""
-LEAST_CALLS = 20
-TRACE_SECONDS = 4.0
-"""Layers are timed no longer than this, but in at least `LEAST_TURNS` turns."""
-TRACE_WARMUP, LEAST_TURNS, TRACE_TURNS = 2, 9, 40
-"""Turns of all profiles: not counted, at least, and at most."""
-SLOWER = 1.03
-"""Median ratio to the dense profile above which a profile counts as slower; 3 % is noise."""
 ACTIVATIONS: Mapping[str, bool | None] = {"auto": None, "static": True, "dynamic": False}
 OBSERVED_INPUTS = 16
 """Calibration inputs on which the drift of every profile is observed, at most."""
@@ -213,14 +188,14 @@ def lower(
     static = ACTIVATIONS[activations]
     spec = targets.get(target) if isinstance(target, str) else target
     require(spec)
-    if tune_minutes > 0 and not _runs_here(spec):
+    if tune_minutes > 0 and not proof.runs_here(spec):
         raise TargetError(
             f"tune_minutes={tune_minutes:g}: kernels are timed, and this machine is no "
             f"{spec.name!r}; lower there, or bring the folder of a search there as tune_folder"
         )
     where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
     check_replaceable(where)  # before the work, not after it
-    notes = _Notes(say)
+    notes = Notes(say)
     if isinstance(model, ElasticModel):
         elastic = model
     else:
@@ -253,19 +228,21 @@ def lower(
     )
     notes.add(*chosen.notes)
     tuned = _tuned(elastic, chosen, spec, tune_minutes, tune_folder, notes, progress)
-    bench = _Bench(elastic, spec, batches, calls, threads, notes, progress)
+    bench = Bench(elastic, spec, batches, calls, threads, notes, progress)
     with tempfile.TemporaryDirectory() as scratch:
         built = _build(elastic, chosen, spec, progress, tuned)
-        manifest, session = bench.prove(chosen, built, Path(scratch) / "first")
+        manifest = _manifest(elastic, chosen.chain, built, spec, batches)
+        manifest, session = bench.prove(manifest, built, Path(scratch) / "first")
         if session is not None and calls:
             judged = chosen.judged(bench.layers(chosen, built, session))
             if judged.chain != chosen.chain:
                 notes.add(_lost(chosen, judged))
                 built = _build(elastic, judged, spec, progress, tuned)
-                manifest, session = bench.prove(judged, built, Path(scratch) / "second")
+                manifest = _manifest(elastic, judged.chain, built, spec, batches)
+                manifest, session = bench.prove(manifest, built, Path(scratch) / "second")
             chosen = judged
         if session is not None and calls:
-            manifest = _timed(manifest, session, batches[0], calls, notes, progress)
+            manifest = bench.timed(manifest, session)
         manifest = _certified(manifest, elastic, held, progress)
         manifest = replace(manifest, gate=chosen.gate, assumptions=tuple(notes.lines))
         library = Path(scratch) / "model.so"
@@ -320,7 +297,7 @@ def certify(
             for c in session.manifest.profiles
         },
     )
-    notes = _Notes(say)
+    notes = Notes(say)
     count = next(iter(found.values())).inputs
     notes.add(
         f"bounds from {count} inputs cover new inputs that are drawn like them, on average over "
@@ -332,71 +309,6 @@ def certify(
             notes.add(f"no finite bound at {level:g}: it needs at least {least} inputs")
     write_manifest(session.path, manifest)
     return Artifact(session.path, manifest)
-
-
-@dataclass(frozen=True, slots=True)
-class _Bench:
-    """Runs what was built, where it can run."""
-
-    elastic: ElasticModel
-    spec: TargetSpec
-    batches: Sequence[Batch]
-    calls: int
-    threads: int | None
-    notes: "_Notes"
-    progress: Progress | None
-
-    def prove(self, chosen: Plan, built: Built, scratch: Path) -> tuple[Manifest, Session | None]:
-        """What is known of a library once every profile was proved; a session on this machine.
-
-        Args:
-            chosen: Its chain.
-            built: The library.
-            scratch: Folder for drafts.
-
-        Raises:
-            ParityError: A profile does not compute what its torch reference computes.
-        """
-        manifest = _manifest(self.elastic, chosen.chain, built, self.spec, self.batches)
-        manifest = replace(manifest, stages=Stages(built=True))
-        here = _runs_here(self.spec)
-        machine = None if here else _emulator(self.spec, self.notes)
-        if not here and machine is None:
-            return manifest, None
-        scratch.mkdir()
-        checks = scratch / "checks.so"
-        built.save(checks, checks=True)  # the same machine code, and the probes
-        draft = bundle.write(scratch / "draft", manifest, checks, built.tensors)
-        prove = _Proof(self.elastic, built.probes, self.batches[:PARITY_INPUTS], self.progress)
-        if machine is not None:
-            return prove(manifest, emulate.Emulated(draft, machine).probe, "emulated"), None
-        session = load(draft, hashes=False, threads=self.threads)
-        return prove(manifest, session.probe, "device"), session
-
-    def layers(self, chosen: Plan, built: Built, session: Session) -> Verdicts:
-        """Formats against the dense form of their layers, the profiles traced in turn."""
-        names = [p.name for p in chosen.chain]
-        turns: dict[str, list[list[float]]] = {name: [] for name in names}
-        limit = time.monotonic() + TRACE_SECONDS
-        for turn in range(-TRACE_WARMUP, TRACE_TURNS):
-            if self.progress is not None:
-                self.progress("time layers", max(0, turn), TRACE_TURNS)
-            if turn >= LEAST_TURNS and time.monotonic() > limit:
-                break
-            for name in names:
-                (seconds,) = session.trace(built.traces[name], name, self.batches[0])
-                if turn >= 0:
-                    turns[name].append(seconds)
-        times = {n: _by_site(built.traces[n].sites, np.array(turns[n])) for n in names}
-        return judge([(p.name, p.formats) for p in chosen.chain], times)
-
-
-def _by_site(
-    sites: Sequence[str | None], seconds: NDArray[np.float64]
-) -> dict[str, NDArray[np.float64]]:
-    """Seconds [turns, kernels] as site name -> seconds [turns]."""
-    columns = np.array([s or "" for s in sites])
-    return {s: seconds[:, columns == s].sum(1) for s in dict.fromkeys(sites) if s is not None}
 
 
 def _lost(before: Plan, after: Plan) -> str:
@@ -426,47 +338,12 @@ def _with_certificates(manifest: Manifest, found: Mapping[str, Certificate]) -> 
     return replace(manifest, profiles=profiles)
 
 
-@dataclass(slots=True)
-class _Notes:
-    """What was assumed: told once, kept for the manifest."""
-
-    say: Callable[[str], None] | None
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, *lines: str) -> None:
-        for line in lines:
-            self.lines.append(line)
-            if self.say is None:
-                print(f"t3c: {line}", file=sys.stderr)
-            else:
-                self.say(line)
-
-
-def _runs_here(spec: TargetSpec) -> bool:
-    """Whether this machine is such a device."""
-    return spec.kind == "llvm" and is_host(spec) and spec.features <= targets.cpu_features()
-
-
-def _emulator(spec: TargetSpec, notes: _Notes) -> emulate.Machine | None:
-    """The emulated device; None where there is none or a tool is missing, which is told."""
-    if spec.emulator is None:
-        notes.add(f"{spec.name}: no such device here; built, not run; times are predicted")
-        return None
-    try:
-        machine = emulate.machine(spec)
-    except TargetError as error:
-        notes.add(f"{spec.name}: built, not run; times are predicted. To check it here: {error}")
-        return None
-    notes.add(f"{spec.name}: checked under emulation; times are predicted")
-    return machine
-
-
 def _captured(elastic: ElasticModel) -> Captured:
     return cast(Captured, elastic.captured)
 
 
 def _batches(
-    elastic: ElasticModel, calibration: Sequence[tuple[Any, ...]] | None, notes: _Notes
+    elastic: ElasticModel, calibration: Sequence[tuple[Any, ...]] | None, notes: Notes
 ) -> list[Batch]:
     """Calibration calls as the graph takes them; the example inputs where there are none."""
     if calibration is None:
@@ -531,7 +408,7 @@ def _tuned(
     spec: TargetSpec,
     minutes: float,
     folder: str | os.PathLike[str] | None,
-    notes: _Notes,
+    notes: Notes,
     progress: Progress | None,
 ) -> Mapping[str, Schedule]:
     """Schedules that were tuned for this network; none where nobody asked for them."""
@@ -589,7 +466,7 @@ def _manifest(
         outputs=_specs(captured.output_names, outputs),
         input_tree=_tree(captured.structure["inputs"], count()),
         output_tree=_tree(captured.structure["outputs"], count()),
-        profiles=tuple(_increasing(compiled)),
+        profiles=increasing(compiled),
         versions=_versions(),
         report=elastic.report,
         calibration_sha256=_hash(batches),
@@ -638,121 +515,3 @@ def _hash(batches: Sequence[Batch]) -> str:
         for tensor in batch:
             total.update(np.ascontiguousarray(tensor.detach().numpy()).tobytes())
     return total.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Proof:
-    """Runs every profile against its fake-quantized torch reference."""
-
-    elastic: ElasticModel
-    probes: Mapping[str, Probe]
-    batches: Sequence[Batch]
-    progress: Progress | None
-
-    def __call__(
-        self, manifest: Manifest, probe: Callable[[Probe, str, Batch], list[Any]], where: Where
-    ) -> Manifest:
-        """The manifest with parity and stages.
-
-        Args:
-            manifest: What was built.
-            probe: Calls a profile's probe function: outputs, then the inputs of the layers.
-            where: What ran it.
-
-        Raises:
-            ParityError: Names the profile, the place and the error.
-        """
-        proved = []
-        for i, compiled in enumerate(manifest.profiles):
-            if self.progress is not None:
-                self.progress("prove profiles", i, len(manifest.profiles))
-            proved.append(replace(compiled, parity=self._parity(compiled, manifest, probe, where)))
-        stages = Stages(built=True, loaded=True, ran=True, verified=True, where=where)
-        return replace(manifest, profiles=tuple(proved), stages=stages)
-
-    def _parity(
-        self,
-        compiled: CompiledProfile,
-        manifest: Manifest,
-        probe: Callable[[Probe, str, Batch], list[Any]],
-        where: Where,
-    ) -> Parity:
-        profile, elastic = compiled.profile, self.elastic
-        worst = free = 0.0
-        one = self.probes[profile.name]
-        taps = [tap.site for tap in one.taps]
-        with elastic.using(profile.formats), torch.inference_mode():
-            for batch in self.batches:
-                flat = [torch.from_numpy(a) for a in probe(one, profile.name, batch)]
-                outputs = {s.name: y for s, y in zip(manifest.outputs, flat, strict=False)}
-                seen = shadow(elastic, batch, taps, flat[len(outputs) :], outputs)
-                if not seen.worst <= TOLERANCE:
-                    raise ParityError(
-                        f"profile {profile.name!r}, at {seen.where!r}: relative error "
-                        f"{seen.worst:.3g} against the torch reference, allowed is {TOLERANCE:g}; "
-                        "nothing was written. Exclude that layer by glob and report the error."
-                    )
-                worst = max(worst, seen.worst)
-                alone = zip(outputs.values(), elastic.graph(*batch), strict=True)
-                free = max(free, *(relative(got, want) for got, want in alone))
-        return Parity(worst, free, TOLERANCE, len(self.batches), where)
-
-
-def _named(manifest: Manifest, batch: Batch) -> dict[str, Tensor]:
-    return {spec.name: tensor for spec, tensor in zip(manifest.inputs, batch, strict=True)}
-
-
-def _timed(
-    manifest: Manifest,
-    session: Session,
-    batch: Batch,
-    calls: int,
-    notes: _Notes,
-    progress: Progress | None,
-) -> Manifest:
-    """Measure every profile, interleaved; the measurement wins over the prediction.
-
-    The no-slower gate: a profile that takes longer than the largest, dense one is dropped.
-    """
-    if progress is not None:
-        progress("time profiles", 0, 1)
-    names = [c.profile.name for c in manifest.profiles]
-    inputs = _named(manifest, batch)
-    trial = session.samples(names, inputs, 2, WARMUP)
-    each = sum(min(seconds) for seconds in trial.values())
-    rounds = max(min(calls, LEAST_CALLS), min(calls, int(TIMING_SECONDS / each)))
-    samples = {n: np.array(s) for n, s in session.samples(names, inputs, rounds, 0).items()}
-    kept = []
-    for compiled in manifest.profiles:
-        name = compiled.profile.name
-        ratio = float(np.median(samples[name] / samples[names[-1]]))  # of calls side by side
-        if ratio > SLOWER:
-            notes.add(
-                f"dropped profile {name!r}: it took {ratio:.2f} times as long as {names[-1]!r}"
-            )
-            continue
-        latency = summarize(samples[name].tolist(), session.threads)
-        kept.append(replace(compiled, profile=replace(compiled.profile, latency=latency)))
-    return replace(manifest, profiles=tuple(_increasing(kept)))
-
-
-def _increasing(profiles: Sequence[CompiledProfile]) -> list[CompiledProfile]:
-    """Raise each cost to the running maximum along the chain, so that budgets are conservative."""
-
-    def join(small: Profile, large: Profile) -> Profile:
-        return replace(
-            large,
-            storage_bytes=max(small.storage_bytes, large.storage_bytes),
-            ram_bytes=max(small.ram_bytes, large.ram_bytes),
-            latency=_slower(small.latency, large.latency),
-        )
-
-    costs = list(accumulate((c.profile for c in profiles), join))
-    return [replace(c, profile=p) for c, p in zip(profiles, costs, strict=True)]
-
-
-def _slower(small: Timing | None, large: Timing | None) -> Timing | None:
-    if small is None or large is None:
-        return large
-    p50 = max(small.p50_s, large.p50_s)
-    return replace(large, p50_s=p50, p95_s=max(p50, small.p95_s, large.p95_s))

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import t3c
-from t3c import api, targets
+from t3c import api, proof, targets
 from t3c.codegen.build import Built, build
 from t3c.core.artifact import Artifact
 from t3c.core.errors import CertificateError
@@ -181,7 +181,7 @@ def test_parity_of_every_profile_is_recorded(lowered: Lowered) -> None:
     for compiled in lowered.artifact.manifest.profiles:
         assert compiled.parity is not None
         assert compiled.parity.relative <= compiled.parity.tolerance == api.TOLERANCE
-        assert compiled.parity.inputs == api.PARITY_INPUTS
+        assert compiled.parity.inputs == proof.PARITY_INPUTS
 
 
 def test_every_rewritten_layer_has_a_format(lowered: Lowered, session: t3c.Session) -> None:

@@ -126,7 +126,9 @@ class DepthProduct:
                 value = f"{total}[{row}, {lanes(f'{panel} * {PANEL}')}]"
                 self.finish.write(e, rest, value, str(row), panel, hoisted, valid)
 
-    def _block(self, e: Emitter, total: str, panel: str, depths: Sequence[str], first: str) -> None:
+    def _block(
+        self, e: Emitter, total: str, panel: str, depths: Sequence[str], first: str | None
+    ) -> None:
         dot, part = self.dot, self.dot.part
         parts = range(0, LANES, part)
         rows = range(self.size[0])

@@ -96,7 +96,7 @@ def pack_nibbles(q: I8) -> NDArray[np.uint8]:
     n, k = w.shape
     blocks = w.reshape(n // PANEL, PANEL, k // GROUP, LINES, 2, 4)
     low, high = blocks[:, :, :, :, 0], blocks[:, :, :, :, 1]
-    lines = (low | (high << 4)).transpose(0, 2, 3, 1, 4)
+    lines = (low | (high << np.uint8(4))).transpose(0, 2, 3, 1, 4)
     return np.ascontiguousarray(lines.reshape(n // PANEL, k // GROUP, LINES, PANEL * 4))
 
 

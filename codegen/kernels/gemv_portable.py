@@ -59,7 +59,7 @@ def pack_rows(q: I8) -> NDArray[np.uint8]:
     """Codes [n, k] of 4 bits as [n padded to 16][k/64][32]."""
     w = pad_to(q, PANEL, GROUP).astype(np.uint8) + np.uint8(8)
     low, high = np.split(w.reshape(len(w), -1, GROUP), 2, axis=2)
-    return np.ascontiguousarray(low | (high << 4))
+    return np.ascontiguousarray(low | (high << np.uint8(4)))
 
 
 @dataclass(frozen=True, slots=True)

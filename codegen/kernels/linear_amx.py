@@ -206,7 +206,7 @@ class AmxLinear(AbstractLinearKernels):
 
     name: ClassVar[str] = "x86-amx"
     rank_step: ClassVar[int] = 32
-    grouped: ClassVar[AbstractGroupedKernels] = AmxGroups()
+    grouped: ClassVar[AbstractGroupedKernels | None] = AmxGroups()
     _row: ClassVar[RowKernels] = RowKernels("x86_amx_row", VnniDot(offset=False))
 
     def quantize(self, m: int, k: int) -> Kernel:

@@ -49,7 +49,7 @@ class Avx2Linear(AbstractRowFamily):
 
     name: ClassVar[str] = "x86-avx2"
     rank_step: ClassVar[int] = 16
-    grouped: ClassVar[AbstractGroupedKernels] = Avx2Groups()
+    grouped: ClassVar[AbstractGroupedKernels | None] = Avx2Groups()
     _rows: ClassVar[RowKernels] = RowKernels("x86_avx2", PairDot())
 
     @property

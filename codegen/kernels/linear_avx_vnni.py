@@ -51,7 +51,7 @@ class AvxVnniLinear(AbstractRowFamily):
 
     name: ClassVar[str] = "x86-avx-vnni"
     rank_step: ClassVar[int] = 16
-    grouped: ClassVar[AbstractGroupedKernels] = AvxVnniGroups()
+    grouped: ClassVar[AbstractGroupedKernels | None] = AvxVnniGroups()
     _rows: ClassVar[RowKernels] = RowKernels("x86_avx_vnni", HalfVnniDot())
 
     @property

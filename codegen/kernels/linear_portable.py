@@ -126,7 +126,7 @@ class PortableLinear(AbstractLinearKernels):
 
     name: ClassVar[str] = "portable"
     rank_step: ClassVar[int] = 16
-    grouped: ClassVar[AbstractGroupedKernels] = PortableGroups()
+    grouped: ClassVar[AbstractGroupedKernels | None] = PortableGroups()
 
     def quantize(self, m: int, k: int) -> Kernel:
         """Codes [m][k padded to 64] int8 and scales [m]."""

@@ -44,7 +44,7 @@ class SdotLinear(AbstractRowFamily):
 
     name: ClassVar[str] = "arm-sdot"
     rank_step: ClassVar[int] = 16
-    grouped: ClassVar[AbstractGroupedKernels] = SdotGroups()
+    grouped: ClassVar[AbstractGroupedKernels | None] = SdotGroups()
     _rows: ClassVar[RowKernels] = RowKernels("arm_sdot", SdotDot())
 
     @property

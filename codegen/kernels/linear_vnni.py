@@ -56,7 +56,7 @@ class VnniLinear(AbstractRowFamily):
 
     name: ClassVar[str] = "x86-vnni"
     rank_step: ClassVar[int] = 16
-    grouped: ClassVar[AbstractGroupedKernels] = VnniGroups()
+    grouped: ClassVar[AbstractGroupedKernels | None] = VnniGroups()
     _rows: ClassVar[RowKernels] = RowKernels("x86_vnni", VnniDot(offset=True))
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import t3c
-from t3c import api, targets
+from t3c import proof, targets
 from t3c.core.formats import LowRank
 from t3c.runtime import host
 from t3c.targets.x86 import AMX, VNNI
@@ -37,7 +37,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", EMULATOR, "-o", library], check=True)
     assert ctypes.CDLL(str(library)).amx_emulate() == 0
     monkeypatch.setattr(host, "check", lambda *_: None)
-    monkeypatch.setattr(api, "_runs_here", lambda _: True)
+    monkeypatch.setattr(proof, "runs_here", lambda _: True)
 
 
 class Net(nn.Module):

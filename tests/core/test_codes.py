@@ -51,7 +51,7 @@ def test_group_sums_add_up_to_the_product() -> None:
 def test_wrong_scales_are_refused() -> None:
     q = np.zeros((2, 65), np.int8)
     with pytest.raises(TypeError, match="need int8 codes and float32 scales"):
-        Grouped(q, np.ones((2, 2), np.float64))
+        Grouped(q, np.ones((2, 2), np.float64))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="does not fit codes"):
         Grouped(q, np.ones((2, 1), np.float32))
     with pytest.raises(ValueError, match="must be bfloat16"):

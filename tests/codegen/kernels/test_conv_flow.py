@@ -166,7 +166,7 @@ def run(
             unit = np.float32(np.abs(value).max() / 100)
             added = codes.astype(np.float32) * unit
             inputs += [words(more, codes), span(float(unit))]
-    want = activate(value, epilogue, added)
+    want = activate(value.astype(np.float32), epilogue, added)
     step = np.float32(max(np.abs(want).max(), 1e-3) / (120 if target_signed else 240))
     if goal is not None:
         inputs.append(span(float(step)))
