@@ -39,6 +39,7 @@ from t3c.codegen.kernels.emit import Emitter, buffer
 from t3c.codegen.kernels.family import AbstractConvKernels, ConvShape, Flow, Image, Kernel
 from t3c.codegen.script import read_function
 from t3c.core.codes import quantize_weight
+from t3c.core.grid import ends_of
 
 Layer = tuple[int, int, int]
 """(input channels, output channels, kernel side)."""
@@ -94,13 +95,14 @@ def ours(model: Chain, x: np.ndarray[Any, Any], name: str) -> Call:
         return made
 
     convs = [conv for conv in model.convs if isinstance(conv, nn.Conv2d)]
+    bits = family.activation_bits
     with torch.inference_mode():
         values = [torch.from_numpy(x)]
         for conv in convs:
             values.append(torch.relu(conv(values[-1])))
-    ranges = [_range(float(value.max()) / 255) for value in values]
+    ranges = [_range(float(value.max()) / ends_of(bits, signed=False)[1]) for value in values]
     images = [
-        Image(1, value.shape[1], (value.shape[2], value.shape[3]), conv.kernel_size[0] // 2, False)
+        Image(1, value.shape[1], tuple(value.shape[2:]), conv.kernel_size[0] // 2, False, bits)
         for value, conv in zip(values[:-1], convs, strict=True)
     ]
     value = add(family.encode(images[0]), [tvm.runtime.tensor(x), ranges[0]])

@@ -84,7 +84,7 @@ class SharePlanner:
         factorize(elastic, seen, most=most)
         round_weights(elastic, seen, used)
         if static:
-            elastic.set_grids(fit_grids(elastic, batches))
+            elastic.set_grids(fit_grids(elastic, batches, families_of(spec).conv.activation_bits))
         suffix = Suffix(elastic)
         suffix.load(batches[0])
         rest = rest_of(elastic.graph, suffix.values())

@@ -141,7 +141,8 @@ class Carrier:
         if grid is None:
             flow = Flow(step.shape, at.image, None, floats=True)
             return _At(at.image, "", value=self._call(flow, step, at, weights, "", [], []))
-        image = Image(step.shape.batch, step.shape.out_channels, step.shape.out_size, halo, True)
+        s = step.shape
+        image = Image(s.batch, s.out_channels, s.out_size, halo, True, grid.bits)
         place = inner_place(site, step.part)
         flow = Flow(step.shape, at.image, image)
         words = self._call(flow, step, at, weights, "", [], [self._range(place)])

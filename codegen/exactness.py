@@ -124,9 +124,14 @@ def _conv_case(
     packed = families.conv.pack(step.codes, step.bias, shape)
     if families.conv.static:
         image = Image(
-            shape.batch, shape.in_channels, shape.in_size, max(shape.padding), signed=False
+            shape.batch,
+            shape.in_channels,
+            shape.in_size,
+            max(shape.padding),
+            signed=False,
+            bits=families.conv.activation_bits,
         )
-        whole = rng.integers(0, 256, size).astype(np.float32)
+        whole = rng.integers(0, image.ends[1] + 1, size).astype(np.float32)
         return _Case(
             site.name,
             families.conv.encode(image),
@@ -134,7 +139,7 @@ def _conv_case(
             whole,
             tuple(packed.values()),
             _conv_accumulators(whole.astype(np.int16), used, step),
-            Grid(1.0, signed=False).array(),
+            Grid(1.0, image.signed, image.bits).array(),
         )
     x = rng.standard_normal(size, dtype=np.float32)
     q, _ = ops.quantize(x, (1, 2, 3))

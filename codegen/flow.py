@@ -80,7 +80,7 @@ def plan_flow(skeleton: Skeleton, sites: Mapping[str, Site]) -> FlowPlan:
         else:
             continue
         batch, channels, height, width = shape
-        image = Image(batch, channels, (height, width), halo.get(b.var, 0), grid.signed)
+        image = Image(batch, channels, (height, width), halo.get(b.var, 0), grid.signed, grid.bits)
         plan.carried[b.var] = Carried(image, grid, place)
     return plan
 

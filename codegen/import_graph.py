@@ -258,8 +258,8 @@ def _converters(opaque: dict[str, Opaque], spec: TargetSpec) -> dict[str, Conver
         return importer.block_builder.emit(norm)
 
     def snap(node: torch.fx.Node, importer: Any) -> Any:
-        x, place, scale, signed = node.args
-        grid = Grid(float(scale), bool(signed))  # type: ignore[arg-type]
+        x, place, scale, signed, bits = node.args
+        grid = Grid(float(scale), bool(signed), int(bits))  # type: ignore[arg-type]
         return emit(importer, "snap", SnapCall(str(place), grid, _shape(node)), [importer.env[x]])
 
     def pool(node: torch.fx.Node, importer: Any) -> Any:

@@ -19,7 +19,7 @@ class PlaceSites(AbstractPass):
     """Replace calls of elastic modules by placeholder operators that name the site.
 
     Before: y = sites.conv(grids.relu(x))
-    After:  y = t3c.site_conv(t3c.snap(x, "relu", 0.02, False), None, "conv", "", shape)
+    After:  y = t3c.site_conv(t3c.snap(x, "relu", 0.02, False, 8), None, "conv", "", shape)
 
     A place without a grid disappears. Rows of a table are its codes times the scales of the rows.
     """
@@ -40,7 +40,8 @@ class PlaceSites(AbstractPass):
                 elif isinstance(site, ConvSite):
                     new = emit(gm.graph, SITE_CONV, x, None, site.name, "", list(shape_of(node)))
                 elif isinstance(grid, Grid):
-                    new = emit(gm.graph, SNAP, x, str(module.name), grid.scale, grid.signed)
+                    fields = (grid.scale, grid.signed, grid.bits)
+                    new = emit(gm.graph, SNAP, x, str(module.name), *fields)
                 elif hasattr(module, "table_codes"):
                     new = _look_up(gm, str(node.target), module.table_codes(), x)
                 elif hasattr(module, "readers"):

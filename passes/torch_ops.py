@@ -55,7 +55,7 @@ def _refuse(x: Tensor, residual: Tensor | None, site: str, epilogue: str, shape:
     )
 
 
-def snap(x: Tensor, place: str, scale: float, signed: bool) -> Tensor:
+def snap(x: Tensor, place: str, scale: float, signed: bool, bits: int) -> Tensor:
     """The values of a grid nearest to x.
 
     Args:
@@ -63,8 +63,9 @@ def snap(x: Tensor, place: str, scale: float, signed: bool) -> Tensor:
         place: Name of the place in the graph.
         scale: Of the grid.
         signed: Of the grid.
+        bits: Of the grid.
     """
-    grid = Grid(scale, signed)
+    grid = Grid(scale, signed, bits)
     return torch.round(x * grid.inverse).clamp(*grid.ends) * scale
 
 

@@ -213,8 +213,10 @@ class _Product:
         out = ceil_div(self.channels_max[0], LANES) * LANES
         line = (ceil_div(self.flow.shape.in_channels, RANK_STEP) - 1) * out
         return [
-            self.e.let("start", f"start[{lanes(f'{line} + (({group}) + {v}) * {LANES}')}]")
-            for v in range(vectors)
+            self.e.let(
+                "start", conv_flow.start_of(self.flow.source, f"{line} + {first} * {LANES}", LANES)
+            )
+            for first in (f"(({group}) + {v})" for v in range(vectors))
         ]
 
     def _sum(self, out: str, i: int, pixel: str, v: int, start: str) -> str:

@@ -1,17 +1,20 @@
-"""Convolution with AVX2 on channels-last codes: exact products of pairs of 16-bit values.
+"""Convolution with AVX2 on channels-last codes: exact sums, in two ways.
 
-`vpmaddubsw` would saturate. Rows of the image are widened to 16 bits once for all output channels,
-the weights of sixteen channels once for all these rows; a pair of activations is broadcast.
+Codes of 7 bits, which the grids of this family have: `vpmaddubsw` multiplies bytes and adds pairs
+in 16 bits. Two products are 2 * 127 * 127 = 32258 at most, so that nothing saturates. Signed codes
+are stored plus 64; sums start at -64 times the sum of the weights.
+
+Codes of 8 bits, where each image has its own range, would saturate. Rows of the image are widened
+to 16 bits once for all output channels, the weights of sixteen channels once for all these rows.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import numpy as np
-
 from t3c.codegen.kernels import conv_flow
-from t3c.codegen.kernels.conv_flow import WORD, Depth, Output, Run, row_of, runs
+from t3c.codegen.kernels.conv_flow import RANK_STEP, WORD, Depth, Output, Run, row_of, runs
 from t3c.codegen.kernels.conv_x86 import KINDS, AbstractX86Conv, op_of, shape_of
 from t3c.codegen.kernels.emit import LANES, Emitter, ceil_div, lanes
 from t3c.codegen.kernels.family import ConvShape, Flow, Image, Kernel, Packed
@@ -46,6 +49,7 @@ class Avx2Conv(AbstractX86Conv, Scheduled):
 
     name: ClassVar[str] = "x86-avx2"
     wide: ClassVar[bool] = False
+    activation_bits: ClassVar[int] = 7
 
     def __init__(self, records: Mapping[str, Schedule] | None = None) -> None:
         """Records: key of an operator -> its tuned schedule."""
@@ -66,8 +70,8 @@ class Avx2Conv(AbstractX86Conv, Scheduled):
         s = shape_of(op)
         if op.kind == "planes":
             return self.conv(s, None, op.epilogue)
-        source = Image(s.batch, s.in_channels, s.in_size, max(s.padding), signed=False)
-        target = Image(s.batch, s.out_channels, s.out_size, 1, signed=False)
+        source = Image(s.batch, s.in_channels, s.in_size, max(s.padding), False, 7)
+        target = Image(s.batch, s.out_channels, s.out_size, 1, False, 7)
         residual = target if "add" in op.epilogue else None
         return self.flow(Flow(s, source, target, residual), None, op.epilogue)
 
@@ -82,10 +86,8 @@ class Avx2Conv(AbstractX86Conv, Scheduled):
         return max(1, min(s.out_size[0], fitting))
 
     def pack(self, w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
-        """Weights [out / 16, words, 2, 16, 2] int8; the rest as in the other families."""
-        found = conv_flow.pack(w, bias, shape)
-        words = found["weight"].reshape(-1, LANES, 2, 2).swapaxes(1, 2)
-        return {**found, "weight": np.ascontiguousarray(words).reshape(-1)}
+        """Weights [out / 16, words, 16, 4] int8; starts, scale and bias of each channel."""
+        return conv_flow.pack(w, bias, shape)
 
     def product(
         self, output: Output, depth: Depth, most: tuple[int, int], epilogue: str
@@ -94,17 +96,26 @@ class Avx2Conv(AbstractX86Conv, Scheduled):
         op = op_of(output.flow.shape, epilogue, output.kind)
         schedule = self.pick(op)
         assert isinstance(schedule, WideSchedule)
-        _Product(output.e, output.flow, depth, schedule, output).write()
+        product = _Bytes if output.flow.source.bits < 8 else _Words
+        product(output.e, output.flow, depth, most, schedule, output).write()
         return op, schedule, self.suffix(op, schedule)
 
 
+Place = tuple[str, str, str]
+"""(buffer of pixels, index of their first value, buffer of weights)."""
+
+
 @dataclass(frozen=True, slots=True)
-class _Product:
-    """Writer of one convolution kernel."""
+class _Product(ABC):
+    """Writer of one convolution kernel.
+
+    A place is what `_tap` reads from: names of buffers, and the first value in the source's row.
+    """
 
     e: Emitter
     flow: Flow
     depth: Depth
+    channels_max: tuple[int, int]
     schedule: WideSchedule
     output: Output
 
@@ -128,16 +139,101 @@ class _Product:
             b = e.let("b", f"{t} // {chunks * parts}")
             first = e.let("first", f"{t} // {parts} % {chunks} * {height}")
             count = e.let("count", f"T.min({height}, {rows} - {first})")
-            scratch = self._widen(b, first, count)
+            pixels = self._pixels(b, first, count)
             n0 = e.let("n", f"{t} % {parts} * {each}")
             with e.block(f"for n in range(T.min({each}, {groups} - {n0})):"):
                 group = e.let("group", f"{n0} + n")
-                weights = self._weights(group)
+                place = (*pixels, self._weights(group))
                 with e.block(f"for r in range({count}):"):
-                    self._row(b, first, "r", group, (scratch, weights))
+                    self._row(b, first, "r", group, place)
 
-    def _widen(self, b: str, first: str, count: str) -> str:
-        """Copy the rows that some output row reads, as 16-bit values; gives the scratch."""
+    @property
+    def _skip(self) -> bool:
+        """Whether taps outside the image are left out."""
+        return True
+
+    @abstractmethod
+    def _pixels(self, b: str, first: str, count: str) -> tuple[str, str]:
+        """(buffer, index of the first value that the chunk of rows reads)."""
+
+    @abstractmethod
+    def _weights(self, group: str) -> str:
+        """The buffer of the weights of sixteen channels."""
+
+    @abstractmethod
+    def _start(self, group: str, half: int) -> str:
+        """What eight sums begin with."""
+
+    @abstractmethod
+    def _tap(
+        self,
+        line: str,
+        tap: str,
+        j: str,
+        group: str,
+        acc: list[list[str]],
+        live: tuple[int, int],
+        place: Place,
+    ) -> None:
+        """Add the products of one tap, or of one kernel row where its taps are merged."""
+
+    def _row(self, b: str, first: str, r: str, group: str, place: Place) -> None:
+        """One row of output pixels by sixteen channels."""
+        e, s = self.e, self.flow.shape
+        skip = self._skip and self.depth.columns == s.kernel[1]
+        for run in runs(s, self.schedule.pixels, skip=skip):
+            with e.loop("c", run.count) as c:
+                column = e.let("col", f"{run.first} + {c} * {run.width}")
+                self._run(b, first, r, column, group, run, place)
+
+    def _run(
+        self,
+        b: str,
+        first: str,
+        r: str,
+        column: str,
+        group: str,
+        run: Run,
+        place: Place,
+    ) -> None:
+        """One run: products, then store."""
+        e, s, grid = self.e, self.flow.shape, self.grid
+        acc = [[e.alloc("acc", (HALF,), "int32") for _ in "ab"] for _ in range(run.width)]
+        here = lanes(0, HALF)
+        starts = [self._start(group, half) for half in range(2)]
+        for pair in acc:
+            for name, value in zip(pair, starts, strict=True):
+                e(f"{name}[{here}] = {value}")
+        row = e.let("row", f"{first} + {r}")
+        top = e.let("top", f"{row} * {s.stride[0]} - {s.padding[0]}")
+        begin, count = "0", str(s.kernel[0])
+        if self._skip and s.padding[0]:
+            down = s.dilation[0]
+            begin = e.let("begin", f"T.max(0, (0 - {top} + {down - 1}) // {down})")
+            last = f"T.min({s.kernel[0]}, ({s.in_size[0] - 1} - {top}) // {down} + 1)"
+            count = e.let("taps", f"{last} - {begin}")
+        left = f"({column} * {s.stride[1]} + {self.flow.source.halo - s.padding[1]}) * {grid.depth}"
+        base = e.let("base", f"{place[1]} + {r} * {s.stride[0] * grid.row} + {left}")
+        with e.block(f"for i in range({count}):"):
+            tap = e.let("tap", f"{begin} + i")
+            start = e.let("line", f"{base} + {tap} * {s.dilation[0] * grid.row}")
+            if run.inner:
+                with e.loop("j", self.depth.columns) as j:
+                    self._tap(start, tap, j, group, acc, (0, run.width), place)
+            else:
+                for j_at, live in enumerate(run.live):
+                    if live[0] < live[1]:
+                        self._tap(start, tap, str(j_at), group, acc, live, place)
+        sums = [[f"T.Shuffle([{a}[{here}], {z}[{here}]], {list(range(LANES))})" for a, z in acc]]
+        self.output.finish(b, row_of(row, column, run.width), group, sums)
+
+
+@final
+class _Words(_Product):
+    """Pairs of 16-bit values: codes of 8 bits."""
+
+    def _pixels(self, b: str, first: str, count: str) -> tuple[str, str]:
+        """Copy the rows that some output row reads, as 16-bit values."""
         e, s, grid = self.e, self.flow.shape, self.grid
         reach = (s.kernel[0] - 1) * s.dilation[0] + 1
         most = (self.schedule.rows - 1) * s.stride[0] + reach
@@ -155,78 +251,34 @@ class _Product:
                 if grid.zero:
                     value = f"{value} - T.broadcast(T.int16({grid.zero}), 16)"
                 e(f"{scratch}[{lanes(f'i * {grid.row} + {v} * 16')}] = {value}")
-        return scratch
+        return scratch, "0"
 
     def _weights(self, group: str) -> str:
-        """Copy the weights of sixteen channels, as 16-bit values; gives the scratch."""
+        """Copy the weights as 16-bit values [words, 2, 16, 2]."""
         e, count = self.e, self.depth.packed * WORD * LANES
         scratch = e.alloc("wide", (count,), "int16")
         with e.loop("v", count // 64) as v:
+            word = e.let("word", f"weight[{lanes(f'({group}) * {count} + {v} * 64', 64)}]")
             for part in range(4):
-                at = f"{v} * 64 + {part * LANES}"
-                value = f'T.cast(weight[{lanes(f"({group}) * {count} + {at}")}], "int16x16")'
-                e(f"{scratch}[{lanes(at)}] = {value}")
+                first, half = part % 2 * HALF, part // 2
+                order = [WORD * (first + i) + 2 * half + k for i in range(HALF) for k in (0, 1)]
+                value = f'T.cast(T.Shuffle([{word}], {order}), "int16x16")'
+                e(f"{scratch}[{lanes(f'{v} * 64 + {part * LANES}')}] = {value}")
         return scratch
 
-    def _row(self, b: str, first: str, r: str, group: str, scratch: tuple[str, str]) -> None:
-        """One row of output pixels by sixteen channels."""
-        e, s = self.e, self.flow.shape
-        skip = self.depth.columns == s.kernel[1]
-        for run in runs(s, self.schedule.pixels, skip=skip):
-            with e.loop("c", run.count) as c:
-                column = e.let("col", f"{run.first} + {c} * {run.width}")
-                self._run(b, first, r, column, group, run, scratch)
-
-    def _run(
-        self,
-        b: str,
-        first: str,
-        r: str,
-        column: str,
-        group: str,
-        run: Run,
-        scratch: tuple[str, str],
-    ) -> None:
-        """One run: products, then store."""
-        e, s, grid = self.e, self.flow.shape, self.grid
-        acc = [[e.alloc("acc", (HALF,), "int32") for _ in "ab"] for _ in range(run.width)]
-        here = lanes(0, HALF)
-        for pair in acc:
-            for name in pair:
-                e(f"{name}[{here}] = T.broadcast(0, {HALF})")
-        row = e.let("row", f"{first} + {r}")
-        top = e.let("top", f"{row} * {s.stride[0]} - {s.padding[0]}")
-        begin, count = "0", str(s.kernel[0])
-        if s.padding[0]:
-            down = s.dilation[0]
-            begin = e.let("begin", f"T.max(0, (0 - {top} + {down - 1}) // {down})")
-            last = f"T.min({s.kernel[0]}, ({s.in_size[0] - 1} - {top}) // {down} + 1)"
-            count = e.let("taps", f"{last} - {begin}")
-        left = f"({column} * {s.stride[1]} + {self.flow.source.halo - s.padding[1]}) * {grid.depth}"
-        base = e.let("base", f"{r} * {s.stride[0] * grid.row} + {left}")
-        with e.block(f"for i in range({count}):"):
-            tap = e.let("tap", f"{begin} + i")
-            start = e.let("line", f"{base} + {tap} * {s.dilation[0] * grid.row}")
-            if run.inner:
-                with e.loop("j", self.depth.columns) as j:
-                    self._tap(start, tap, j, acc, (0, run.width), scratch)
-            else:
-                for j_at, live in enumerate(run.live):
-                    if live[0] < live[1]:
-                        self._tap(start, tap, str(j_at), acc, live, scratch)
-        sums = [[f"T.Shuffle([{a}[{here}], {z}[{here}]], {list(range(LANES))})" for a, z in acc]]
-        self.output.finish(b, row_of(row, column, run.width), group, sums)
+    def _start(self, group: str, half: int) -> str:
+        return f"T.broadcast(0, {HALF})"
 
     def _tap(
         self,
         line: str,
         tap: str,
         j: str,
+        group: str,
         acc: list[list[str]],
         live: tuple[int, int],
-        scratch: tuple[str, str],
+        place: Place,
     ) -> None:
-        """Add the products of one tap, or of one kernel row where its taps are merged."""
         e, depth, grid = self.e, self.depth, self.grid
         step = self.flow.shape.stride[1] * grid.depth
         run = f"({tap} * {depth.columns} + {j}) * {depth.most}"
@@ -237,9 +289,9 @@ class _Product:
             weights = []
             for half in range(2):
                 where = f"({word} + {q}) * {2 * LANES} + {half * LANES}"
-                weights.append(e.let("w", f"{scratch[1]}[{lanes(where)}]"))
+                weights.append(e.let("w", f"{place[2]}[{lanes(where)}]"))
             for p in range(*live):
-                pair = f"{scratch[0]}[{lanes(f'{at} + {q} * 2 + {p * step}', 2)}]"
+                pair = f"{place[0]}[{lanes(f'{at} + {q} * 2 + {p * step}', 2)}]"
                 both = f'T.broadcast(T.reinterpret({pair}, dtype="int32"), {HALF})'
                 pixel = e.let("a", f'T.reinterpret({both}, dtype="int16x16")')
                 for name, w in zip(acc[p], weights, strict=True):
@@ -248,3 +300,60 @@ class _Product:
                         f"{pixel}, {w})"
                     )
                     e(f"{name}[{here}] = {name}[{here}] + {product}")
+
+
+@final
+class _Bytes(_Product):
+    """Bytes as they lie: codes of 7 bits."""
+
+    @property
+    def _skip(self) -> bool:
+        return not self.flow.source.signed
+
+    def _pixels(self, b: str, first: str, count: str) -> tuple[str, str]:
+        s, grid = self.flow.shape, self.grid
+        left = grid.origin - self.flow.source.halo * grid.depth
+        line = f"({first} * {s.stride[0]} - {s.padding[0]}) * {grid.row}"
+        return "codes", self.e.let("origin", f"{b} * {grid.plane} + {left} + {line}")
+
+    def _weights(self, group: str) -> str:
+        return "weight"
+
+    def _start(self, group: str, half: int) -> str:
+        if not self.flow.source.signed:
+            return f"T.broadcast(0, {HALF})"
+        out_max = ceil_div(self.channels_max[0], LANES) * LANES
+        line = (ceil_div(self.flow.shape.in_channels, RANK_STEP) - 1) * out_max + half * HALF
+        at = f"{line} + ({group}) * {LANES}"
+        return self.e.let("start", conv_flow.start_of(self.flow.source, at, HALF))
+
+    def _tap(
+        self,
+        line: str,
+        tap: str,
+        j: str,
+        group: str,
+        acc: list[list[str]],
+        live: tuple[int, int],
+        place: Place,
+    ) -> None:
+        e, depth, grid = self.e, self.depth, self.grid
+        step = self.flow.shape.stride[1] * grid.depth
+        run = f"({group}) * {depth.packed} + ({tap} * {depth.columns} + {j}) * {depth.most}"
+        word = e.let("word", run)
+        at = e.let("at", f"{line} + {j} * {self.flow.shape.dilation[1] * grid.depth}")
+        here, ones = lanes(0, HALF), f"T.broadcast(T.int16(1), {LANES})"
+        call = "T.call_llvm_pure_intrin"
+        with e.loop("q", depth.words) as q:
+            weights = []
+            for half in range(2):
+                where = f"({word} + {q}) * {WORD * LANES} + {half * WORD * HALF}"
+                weights.append(e.let("w", f"{place[2]}[{lanes(where, WORD * HALF)}]"))
+            for p in range(*live):
+                four = f"{place[0]}[{lanes(f'{at} + {q} * {WORD} + {p * step}', WORD)}]"
+                both = f'T.broadcast(T.reinterpret({four}, dtype="int32"), {HALF})'
+                pixel = e.let("a", f'T.reinterpret({both}, dtype="int8x{WORD * HALF}")')
+                for name, w in zip(acc[p], weights, strict=True):
+                    pairs = f'{call}("int16x16", "llvm.x86.avx2.pmadd.ub.sw", {pixel}, {w})'
+                    sums = f'{call}("int32x8", "llvm.x86.avx2.pmadd.wd", {pairs}, {ones})'
+                    e(f"{name}[{here}] = {name}[{here}] + {sums}")

@@ -23,7 +23,7 @@ from t3c.codegen.kernels.emit import (
     pieces,
     splat,
 )
-from t3c.codegen.kernels.family import ConvShape, Flow, Packed
+from t3c.codegen.kernels.family import ConvShape, Flow, Image, Packed
 from t3c.codegen.kernels.image_codes import RANGE, Grid, store_bytes
 from t3c.core.codes import F32, I8, Matrix
 
@@ -83,7 +83,7 @@ def pack(w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
     """Weights [out / 16, words, 16, 4] int8; starts, scale and bias of each channel.
 
     Start i is -128 times the sum of the weights of the first 16 (i + 1) input channels: what makes
-    up for the 128 in the codes of signed images.
+    up for the 128 in the codes of signed images (`start_of`).
     """
     out, inner = w.q.shape[:2]
     starts = [
@@ -98,6 +98,12 @@ def pack(w: Matrix, bias: F32 | None, shape: ConvShape) -> Packed:
         "scale": np.pad(w.scale, pad),
         "bias": np.pad(biases.astype(np.float32), pad),
     }
+
+
+def start_of(image: Image, at: str, count: int) -> str:
+    """`count` of the starts of `pack` from `at` on; for the 64 in codes of 7 bits half as large."""
+    start = f"start[{lanes(at, count)}]"
+    return start if image.bits == 8 else f"T.shift_right({start}, T.broadcast(1, {count}))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +335,7 @@ class Output:
         for first in range(0, len(codes), 4):
             four = codes[first : first + 4]
             values = [value for _, _, value in four]
-            packed = codes_of(e, values, signed=target.signed, wide=self.wide)
+            packed = codes_of(e, values, target, wide=self.wide)
             begin = 0
             while begin < len(four):
                 p, vector, _ = four[begin]
@@ -380,8 +386,7 @@ class Output:
                 if self.flow.target is not None:
                     grid = Grid(self.flow.target)
                     scaled = e.let("q", f"{value} * {splat('range_out[1]')}")
-                    signed = self.flow.target.signed
-                    packed = codes_of(e, [scaled], signed=signed, wide=self.wide)
+                    packed = codes_of(e, [scaled], self.flow.target, wide=self.wide)
                     (where,) = self._pixels(grid, b, [Spot(row, spot)])
                     to = f"{where} + ({channels}) * {LANES}"
                     store_bytes(e, "words", to, packed, min(LANES, grid.depth))
@@ -462,10 +467,10 @@ def _wide(e: Emitter, grid: Grid, name: str, pixel: str, channels: str) -> str:
     return e.let("r", f'T.cast({code}, "float32x16")')
 
 
-def codes_of(e: Emitter, values: Sequence[str], *, signed: bool, wide: bool) -> str:
+def codes_of(e: Emitter, values: Sequence[str], image: Image, *, wide: bool) -> str:
     """Up to four float32 vectors as codes, saturated: bytes, vector after vector; 64 of them."""
     if not wide:
-        return _joined(e, [*values, *[values[-1]] * (4 - len(values))], signed=signed)
+        return _joined(e, [*values, *[values[-1]] * (4 - len(values))], image)
 
     def rounded(vector: str) -> str:  # to the nearest even: one instruction
         name = "llvm.x86.avx512.mask.cvtps2dq.512"
@@ -482,18 +487,37 @@ def codes_of(e: Emitter, values: Sequence[str], *, signed: bool, wide: bool) -> 
         narrow("int16x32", "packssdw", four[2 * i], four[2 * i + 1])
         for i in range(2 if len(values) > 2 else 1)
     ]
-    name = "packsswb" if signed else "packuswb"
-    packed = narrow("int8x64", name, words[0], words[-1])
-    if signed:
-        low = "T.broadcast(T.int8(-127), 64)"
-        packed = e.let("n", f"T.bitwise_xor(T.max({packed}, {low}), T.broadcast(T.int8(-128), 64))")
+    packed = _stored(e, narrow("int8x64", _narrowing(image), words[0], words[-1]), image, 64)
     # lane l of every 128 bits holds dword l of vector 0, 1, 2, 3
     dwords = f'T.reinterpret({packed}, dtype="int32x16")'
     turned = f"T.Shuffle([{dwords}], {[4 * k + v for v in range(4) for k in range(4)]})"
     return e.let("n", f'T.reinterpret({turned}, dtype="uint8x64")')
 
 
-def _joined(e: Emitter, values: Sequence[str], *, signed: bool) -> str:
+def _narrowing(image: Image) -> str:
+    """The instruction that makes bytes of 16-bit words."""
+    return "packuswb" if (image.signed, image.bits) == (False, 8) else "packsswb"
+
+
+def _stored(e: Emitter, packed: str, image: Image, count: int) -> str:
+    """The stored bytes of `count` saturated ones: cut off where fewer bits or symmetry ask for it.
+
+    Unsigned codes of 7 bits are what signed saturation leaves, without the negative ones.
+    """
+
+    def all_of(value: int) -> str:
+        return f"T.broadcast(T.int8({value}), {count})"
+
+    if not image.signed:
+        return packed if image.bits == 8 else e.let("n", f"T.max({packed}, {all_of(0)})")
+    low, high = image.ends
+    if image.bits == 8:
+        return e.let("n", f"T.bitwise_xor(T.max({packed}, {all_of(low)}), {all_of(-128)})")
+    cut = f"T.max(T.min({packed}, {all_of(high)}), {all_of(low)})"
+    return e.let("n", f"{cut} + {all_of(1 << (image.bits - 1))}")
+
+
+def _joined(e: Emitter, values: Sequence[str], image: Image) -> str:
     """`codes_of` with the instructions of AVX2, two vectors at a time."""
 
     def call(dtype: str, name: str, *args: str) -> str:
@@ -508,10 +532,7 @@ def _joined(e: Emitter, values: Sequence[str], *, signed: bool) -> str:
             half = [f"T.Shuffle([{value}], {list(range(8 * i, 8 * i + 8))})" for i in (0, 1)]
             whole = [call("int32x8", "avx.cvt.ps2dq.256", h) for h in half]
             words.append(call("int16x16", "avx2.packssdw", *whole))
-        packed = call("int8x32", "avx2.packsswb" if signed else "avx2.packuswb", *words)
-        if signed:
-            low, top = (f"T.broadcast(T.int8({v}), 32)" for v in (-127, -128))
-            packed = e.let("n", f"T.bitwise_xor(T.max({packed}, {low}), {top})")
+        packed = _stored(e, call("int8x32", f"avx2.{_narrowing(image)}", *words), image, 32)
         dwords = f'T.reinterpret({packed}, dtype="int32x8")'
         turned = f"T.Shuffle([{dwords}], [0, 4, 1, 5, 2, 6, 3, 7])"
         found.append(e.let("n", f'T.reinterpret({turned}, dtype="uint8x32")'))
@@ -556,7 +577,7 @@ def tag(flow: Flow, channels_max: tuple[int, int]) -> str:
         parts.append(f"of{channels_max[0]}x{channels_max[1]}")
     for letter, image in (("t", flow.target), ("r", flow.residual)):
         if image is not None:
-            parts.append(f"{letter}h{image.halo}{'s' if image.signed else 'u'}")
+            parts.append(f"{letter}h{image.halo}{image.letters}")
     if flow.floats:
         parts.append("f32")
     return "_".join(parts)

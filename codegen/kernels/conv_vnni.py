@@ -223,8 +223,9 @@ class _Product:
                 if self.flow.source.signed:
                     out_max = ceil_div(self.channels_max[0], LANES) * LANES
                     line = (ceil_div(s.in_channels, RANK_STEP) - 1) * out_max + part * self.part
-                    at = lanes(f"{line} + ({group} + {v}) * {LANES}", self.part)
-                    value = e.let("start", f"start[{at}]")
+                    at = f"{line} + ({group} + {v}) * {LANES}"
+                    start = conv_flow.start_of(self.flow.source, at, self.part)
+                    value = e.let("start", start)
                 for pixel in pixels:
                     e(f"{pixel[part]}[{here}] = {value}")
         top = e.let("top", f"{r} * {s.stride[0]} - {s.padding[0]}")

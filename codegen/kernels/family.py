@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from t3c.codegen.kernels.schedule import Op, Schedule
 from t3c.core.codes import F32, Grouped, Matrix
 from t3c.core.errors import LoweringError
+from t3c.core.grid import ends_of
 
 if TYPE_CHECKING:
     from t3c.codegen.kernels.linear_tiles import CodeLayout
@@ -78,6 +79,7 @@ class Image:
         size: (height, width).
         halo: Zeros that readers find around the image, the largest padding of any reader.
         signed: Whether codes are -127..127 rather than 0..255 (after a ReLU).
+        bits: Of a code: 8, or 7 where codes are -63..63 or 0..127.
     """
 
     batch: int
@@ -85,6 +87,17 @@ class Image:
     size: tuple[int, int]
     halo: int
     signed: bool
+    bits: int = 8
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return ends_of(self.bits, signed=self.signed)
+
+    @property
+    def letters(self) -> str:
+        """Kind of code as part of a function name."""
+        return ("s" if self.signed else "u") + ("" if self.bits == 8 else str(self.bits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +222,9 @@ class AbstractConvKernels(ABC):
     static: ClassVar[bool] = False
     """Whether the family has the kernels below: codes with static ranges that flow from one
     convolution to the next. A range is float32 [16]: scale, 1 / scale, the rest unused."""
+
+    activation_bits: ClassVar[int] = 8
+    """Bits of the codes that grids should have: fewer where the fastest product would saturate."""
 
     def buffer(self, image: Image) -> tuple[tuple[int, ...], str]:
         """(shape, dtype) of an image's codes."""

@@ -6,7 +6,7 @@ pixel at any stride without another layout:
     codes[image * plane + ((row + halo) * pitch + column + halo) * depth + channel]
 
 with pitch = width + halo: the zeros right of one row are those left of the next. Codes are unsigned
-bytes; those of a signed image are stored plus 128.
+bytes; those of a signed image are stored plus 128, of 7 bits plus 64.
 """
 
 from collections.abc import Callable, Iterator
@@ -80,7 +80,7 @@ class Grid:
     @property
     def zero(self) -> int:
         """The stored byte of a zero."""
-        return 128 if self.image.signed else 0
+        return 1 << (self.image.bits - 1) if self.image.signed else 0
 
     def parameter(self, name: str) -> str:
         """The codes as a parameter of a function."""
@@ -93,8 +93,7 @@ class Grid:
     def tag(self) -> str:
         """The sizes as part of a function name."""
         i = self.image
-        sign = "s" if i.signed else "u"
-        return f"{i.batch}x{i.channels}x{i.size[0]}x{i.size[1]}h{i.halo}{sign}"
+        return f"{i.batch}x{i.channels}x{i.size[0]}x{i.size[1]}h{i.halo}{i.letters}"
 
     def fill_halo(self, e: Emitter, codes: str) -> None:
         """Write the zeros around every image."""
@@ -190,7 +189,7 @@ class Encoder:
     def _word(self, line: "_Line", quad: int, column: str, count: int) -> str:
         """Four channels of sixteen pixels as words."""
         e, zero = self.e, self.grid.zero
-        low, high = (-127.0, 127.0) if zero else (0.0, 255.0)
+        low, high = (float(end) for end in self.grid.image.ends)
         spare = e.alloc("spare", (LANES,), "float32") if count < LANES else ""
         word = ""
         for u in range(min(4, line.live - 4 * quad)):
@@ -263,7 +262,7 @@ def max_pool(
         ValueError: The images do not fit each other.
     """
     sizes = tuple((source.size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
-    same = ("batch", "channels", "signed")
+    same = ("batch", "channels", "signed", "bits")
     if target.size != sizes or any(getattr(source, n) != getattr(target, n) for n in same):
         raise ValueError(
             f"max_pool of {source} gives size {sizes} and keeps {', '.join(same)}, got {target}"

@@ -25,6 +25,7 @@ class _Seen:
     """Values at one place."""
 
     signed: bool
+    bits: int
     peak: float = 0.0
     sample: list[Tensor] = field(default_factory=list)
 
@@ -36,7 +37,9 @@ class _Seen:
     def grid(self) -> Grid:
         """The grid with the least squared error on the sample."""
         x = torch.cat(self.sample)
-        grids = [Grid.up_to(self.peak * share, signed=self.signed) for share in SHARES]
+        grids = [
+            Grid.up_to(self.peak * share, signed=self.signed, bits=self.bits) for share in SHARES
+        ]
         errors = [float((fake_quant.snap(x, g) - x).square().sum()) for g in grids]
         return grids[errors.index(min(errors))]
 
@@ -44,32 +47,37 @@ class _Seen:
 class _Watch(fx.Interpreter):
     """Looks at the values at all places while the float model runs."""
 
-    def __init__(self, elastic: ElasticModel) -> None:
+    def __init__(self, elastic: ElasticModel, bits: int) -> None:
         super().__init__(elastic.graph)
+        self.bits = bits
         self.seen: dict[str, _Seen] = {}
         self.reading = {site for snap in elastic.snaps.values() for site in snap.readers}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(str(target))
         if isinstance(module, Snap):
-            self.seen.setdefault(module.name, _Seen(module.signed)).add(args[0])
+            self.seen.setdefault(module.name, _Seen(module.signed, self.bits)).add(args[0])
         elif isinstance(module, ElasticConv) and module.site.name in self.reading:
             for factor, value in module.inner(args[0]).items():
-                self.seen.setdefault(f"{module.site.name}:{factor}", _Seen(signed=True)).add(value)
+                place = f"{module.site.name}:{factor}"
+                self.seen.setdefault(place, _Seen(True, self.bits)).add(value)
         return super().call_module(target, args, kwargs)
 
 
-def fit_grids(elastic: ElasticModel, batches: Sequence[tuple[Tensor, ...]]) -> dict[str, Grid]:
+def fit_grids(
+    elastic: ElasticModel, batches: Sequence[tuple[Tensor, ...]], bits: int = 8
+) -> dict[str, Grid]:
     """Grids for `ElasticModel.set_grids`, from the float model's own activations.
 
     Args:
         elastic: The model, with the factors that profiles will use.
         batches: Flat inputs, as the graph takes them.
+        bits: Of the codes: what the target's convolutions ask for.
 
     Raises:
         T3CError: An activation is not finite.
     """
-    watch = _Watch(elastic)
+    watch = _Watch(elastic, bits)
     with torch.no_grad(), elastic.using(None):
         for batch in batches:
             watch.run(*batch)

@@ -124,6 +124,7 @@ def plan(
     # batches that they have not seen, then the factors are made again from all of them.
     elastic.set_grids({})
     static = _static(spec, static) and bool(elastic.snaps)
+    bits = families_of(spec).conv.activation_bits
     fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     predict = cost_model(spec) if model is None else model
     decisions = menu_of(elastic, spec, predict, profiles, threads, codes=static)
@@ -136,7 +137,7 @@ def plan(
     plain = factorize(elastic, seen, progress, most=most)
     round_weights(elastic, seen, menu, progress)
     if static:
-        elastic.set_grids(fit_grids(elastic, fit))
+        elastic.set_grids(fit_grids(elastic, fit, bits))
     left = limit - (time.monotonic() - start)
     table = measure(elastic, held, menu, seconds=max(left, limit / 2), progress=progress)
     if held is not fit:
@@ -145,7 +146,7 @@ def plan(
         factorize(elastic, both, progress, most={n: most[n] for n in both if n in most})
         round_weights(elastic, both, menu, progress)
         if static:
-            elastic.set_grids(fit_grids(elastic, batches))
+            elastic.set_grids(fit_grids(elastic, batches, bits))
     options = {
         name: [
             search.Option(d.format, d.predicted_s, table.entries[name][d.format].damage)

@@ -19,6 +19,7 @@ from t3c.codegen.kernels.image_codes import Grid
 from t3c.codegen.script import read_function
 from t3c.core.codes import Matrix
 from t3c.core.errors import LoweringError
+from t3c.core.grid import ends_of
 from t3c.core.ops import activate
 from tests.codegen.kernels.test_conv import FAMILIES, PREFIXES, SHAPES, features, host, shape, tiles
 
@@ -88,8 +89,8 @@ def integers(image: Image, found: Array) -> Array:
 
 
 def random_codes(rng: Any, image: Image) -> Array:
-    low, high = (-127, 128) if image.signed else (0, 256)
-    found: Array = rng.integers(low, high, (image.batch, image.channels, *image.size))
+    low, high = image.ends
+    found: Array = rng.integers(low, high + 1, (image.batch, image.channels, *image.size))
     return found
 
 
@@ -127,21 +128,26 @@ def run(
     raw: bool = False,
     halo: int = 0,
     kernels: AbstractConvKernels | None = None,
+    bits: int = 8,
+    extreme: bool = False,
 ) -> None:
     """Compare one flow with numpy."""
     kernels = kernels or FAMILIES[name][0]
     rng = np.random.default_rng(1)
     out_max, in_max = most or (s.out_channels, s.in_channels)
-    source = Image(s.batch, s.in_channels, s.in_size, max(s.padding), source_signed)
-    goal = Image(s.batch, s.out_channels, s.out_size, halo, target_signed) if target else None
+    source = Image(s.batch, s.in_channels, s.in_size, max(s.padding), source_signed, bits)
+    goal = Image(s.batch, s.out_channels, s.out_size, halo, target_signed, bits) if target else None
     more = None
     if residual is not None:
-        more = Image(s.batch, s.out_channels, s.out_size, 2, residual)
+        more = Image(s.batch, s.out_channels, s.out_size, 2, residual, bits)
     q = random_codes(rng, source)
     w = Matrix(
         rng.integers(-127, 128, (out_max, in_max, *s.kernel)).astype(np.int8),
         (rng.random(out_max) * 0.01 + 0.001).astype(np.float32),
     )
+    if extreme:
+        q = np.full_like(q, source.ends[1])
+        w.q[:] = np.where(np.arange(out_max) % 2, 127, -127)[:, None, None, None]
     bias = rng.standard_normal(out_max).astype(np.float32)
     inner = w.q[: s.out_channels, : s.in_channels]
     acc = sums(q, inner, s)
@@ -167,14 +173,16 @@ def run(
             added = codes.astype(np.float32) * unit
             inputs += [words(more, codes), span(float(unit))]
     want = activate(value.astype(np.float32), epilogue, added)
-    step = np.float32(max(np.abs(want).max(), 1e-3) / (120 if target_signed else 240))
+    step = np.float32(
+        max(np.abs(want).max(), 1e-3) / (0.94 * ends_of(bits, signed=target_signed)[1])
+    )
     if goal is not None:
         inputs.append(span(float(step)))
     outs = call(name, kernel, *inputs)
     if goal is not None:
         got = integers(goal, outs.pop(0))
         real = want.astype(np.float64) / step
-        low, high = (-127, 127) if target_signed else (0, 255)
+        low, high = goal.ends
         exact = np.clip(np.rint(real), low, high).astype(np.int32)
         tie = np.abs(np.abs(real - np.floor(real)) - 0.5) < 1e-3
         assert (np.abs(got - exact) <= tie).all()
@@ -189,11 +197,30 @@ def test_sums_of_codes_are_exact(family: str, case: str, signed: bool) -> None:
     run(family, SHAPES[case], source_signed=signed, raw=True)
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_sums_of_codes_of_7_bits_are_exact_up_to_the_largest_ones(
+    family: str, case: str, signed: bool
+) -> None:
+    run(family, SHAPES[case], source_signed=signed, raw=True, bits=7)
+    run(family, SHAPES[case], source_signed=signed, raw=True, bits=7, extreme=True)
+
+
+@pytest.mark.parametrize("case", ["odd channels, batch", "pointwise stride 2", "tiny image"])
+def test_codes_of_7_bits_are_cut_off_at_their_own_ends(family: str, case: str) -> None:
+    s = SHAPES[case]
+    run(family, s, epilogue="relu", halo=1, bits=7)
+    run(family, s, source_signed=True, target_signed=True, bits=7)
+    run(family, s, epilogue="add,relu", residual=True, halo=2, bits=7)
+    run(family, s, epilogue="gelu", floats=True, target_signed=True, source_signed=True, bits=7)
+
+
 @pytest.mark.parametrize("case", PREFIXES)
 def test_a_prefix_of_the_channels_reads_the_same_buffer(family: str, case: str) -> None:
     s, most = PREFIXES[case]
     run(family, s, most=most, epilogue="relu")
     run(family, s, most=most, source_signed=True, raw=True)
+    run(family, s, most=most, source_signed=True, raw=True, bits=7)
 
 
 @pytest.mark.parametrize("case", SHAPES)
@@ -229,15 +256,15 @@ def test_floats_with_and_without_codes(family: str, epilogue: str) -> None:
 
 
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
-@pytest.mark.parametrize("channels", [1, 3, 4, 7, 16, 21, 64])
-def test_encode_and_decode(family: str, channels: int, signed: bool) -> None:
+@pytest.mark.parametrize(("channels", "bits"), [*((n, 8) for n in (1, 3, 4, 7, 16, 64)), (21, 7)])
+def test_encode_and_decode(family: str, channels: int, bits: int, signed: bool) -> None:
     kernels, rng = FAMILIES[family][0], np.random.default_rng(0)
     for batch, size in ((3, (5, 7)), (1, (9, 40))):
-        image = Image(batch, channels, size, 3, signed)
+        image = Image(batch, channels, size, 3, signed, bits)
         x = rng.standard_normal((batch, channels, *size)).astype(np.float32)
         (found,) = call(family, kernels.encode(image), x, span(0.02))
         inverse = span(0.02)[1]
-        limits = (-127, 127) if signed else (0, 255)
+        limits = image.ends
         want = np.clip(np.rint(x * inverse), *limits).astype(np.int32)
         np.testing.assert_array_equal(integers(image, found), want)
         assert (tuple(found.shape), "uint8") == kernels.buffer(image)
@@ -287,7 +314,8 @@ def test_every_schedule_computes_the_same() -> None:
 @pytest.mark.parametrize("floats", [False, True])
 def test_half_vectors_need_no_wide_registers(kernels: AbstractConvKernels, floats: bool) -> None:
     s = shape(16, 40, (5, 9), (3, 3), (1, 1), (1, 1))
-    source, target = Image(1, 16, (5, 9), 1, False), Image(1, 40, (5, 9), 0, False)
+    bits = kernels.activation_bits
+    source, target = Image(1, 16, (5, 9), 1, False, bits), Image(1, 40, (5, 9), 0, False, bits)
     kernel = kernels.flow(Flow(s, source, target, floats=floats), None, "relu")
     level = {"kind": "llvm", "mcpu": "x86-64-v3", "mattr": ["+avxvnni"]}
     module = tvm.compile(
@@ -295,7 +323,7 @@ def test_half_vectors_need_no_wide_registers(kernels: AbstractConvKernels, float
     )
     code = module.mod.inspect_source("asm")
     assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b", code)
-    assert re.search(r"vpmaddwd.*%ymm" if kernels.name == "x86-avx2" else r"vpdpbusd.*%ymm", code)
+    assert re.search(r"vpmaddubsw.*%ymm" if kernels.name == "x86-avx2" else r"vpdpbusd.*%ymm", code)
 
 
 def test_every_schedule_of_avx2_computes_the_same() -> None:
@@ -305,6 +333,7 @@ def test_every_schedule_of_avx2_computes_the_same() -> None:
     op = op_of(s, "relu")
     assert Avx2Conv().default(op) in Avx2Conv().schedules(op)
     for schedule in Avx2Conv().schedules(op):
+        run("x86-avx2", s, epilogue="relu", kernels=Avx2Conv({op.key: schedule}), bits=7)
         run("x86-avx2", s, epilogue="relu", kernels=Avx2Conv({op.key: schedule}))
     assert Avx2Conv().kernel(op).name != Avx2Conv().kernel(op_of(s, "add,relu")).name
     assert "dynamic" in Avx2Conv().kernel(op_of(s, "relu", "planes")).name
