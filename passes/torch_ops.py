@@ -2,7 +2,7 @@
 
     t3c::site_linear(x [..., k], residual, site, epilogue, out_features) -> [..., n]
     t3c::site_conv(x [b, c, h, w], residual, site, epilogue, out_shape) -> out_shape
-    t3c::snap(x, place, scale, signed) -> as x
+    t3c::snap(x, place, scale, signed, bits) -> as x
     t3c::attention(q [B, S, heads*D], k [B, T, kv_heads*D], v [B, T, kv_heads*Dv], mask, heads,
                    kv_heads, scale, causal) -> [B, S, heads*Dv]
     t3c::rms_norm(x [..., n], gain [n], eps) -> [..., n]
@@ -28,7 +28,7 @@ LIBRARY.define(
 LIBRARY.define(
     "site_conv(Tensor x, Tensor? residual, str site, str epilogue, int[] out_shape) -> Tensor"
 )
-LIBRARY.define("snap(Tensor x, str place, float scale, bool signed) -> Tensor")
+LIBRARY.define("snap(Tensor x, str place, float scale, bool signed, int bits) -> Tensor")
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, int kv_heads, float scale, "
     "bool causal) -> Tensor"
@@ -130,7 +130,7 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
     "site_linear": _linear_shape,
     "site_conv": _conv_shape,
     "attention": _attention_shape,
-    "snap": lambda x, place, scale, signed: torch.empty_like(x),
+    "snap": lambda x, place, scale, signed, bits: torch.empty_like(x),
     "rms_norm": lambda x, gain, eps: x.new_empty(x.shape),
 }
 _ANYWHERE: dict[str, Callable[..., Tensor]] = {
