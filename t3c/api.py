@@ -23,6 +23,7 @@ from t3c import proof, targets
 from t3c.certificate import observed
 from t3c.certificate.calibrated import LEVELS, calibrate
 from t3c.certificate.library import library_scores
+from t3c.certificate.proxy import Meter, proxies, with_proxies
 from t3c.codegen.build import Built, build
 from t3c.codegen.families import tuned_schedules
 from t3c.codegen.kernels.schedule import Schedule
@@ -65,6 +66,10 @@ Model = nn.Module | ExportedProgram | ElasticModel
 ACTIVATIONS: Mapping[str, bool | None] = {"auto": None, "static": True, "dynamic": False}
 OBSERVED_INPUTS = 16
 """Calibration inputs on which the drift of every profile is observed, at most."""
+PROXY_INPUTS = 3
+"""Calibration inputs behind the norms of the proxies, at most."""
+PROXY_SECONDS = 10.0
+"""Time for the Jacobian norms of the proxies; layers left out lie between their neighbours."""
 HELD_OUT_FROM = 8
 """From so many calibration inputs on, the last quarter is kept for observing drift."""
 
@@ -243,7 +248,7 @@ def lower(
             chosen = judged
         if session is not None and calls:
             manifest = bench.timed(manifest, session)
-        manifest = _certified(manifest, elastic, held, progress)
+        manifest = _certified(manifest, elastic, chosen, fitted, held, progress)
         manifest = replace(manifest, gate=chosen.gate, assumptions=tuple(notes.lines))
         library = Path(scratch) / "model.so"
         built.save(library)
@@ -322,10 +327,21 @@ def _lost(before: Plan, after: Plan) -> str:
 
 
 def _certified(
-    manifest: Manifest, elastic: ElasticModel, held: list[Batch], progress: Progress | None
+    manifest: Manifest,
+    elastic: ElasticModel,
+    chosen: Plan,
+    fitted: Sequence[Batch],
+    held: list[Batch],
+    progress: Progress | None,
 ) -> Manifest:
-    """The manifest with the observed drift of every profile."""
+    """The manifest with the observed drift and the proxy of every profile."""
     chain = observed.certify(elastic, manifest.chain, held, progress=progress)
+    damage = {
+        site: {fmt: entry.damage for fmt, entry in row.items()}
+        for site, row in chosen.table.entries.items()
+    }
+    meter = Meter(elastic, fitted[:PROXY_INPUTS], seconds=PROXY_SECONDS, damage=damage)
+    chain = with_proxies(chain, proxies(meter, chain, progress))
     return _with_certificates(manifest, {p.name: p.certificate for p in chain})
 
 

@@ -252,6 +252,9 @@ def inspect(
     gate: Annotated[
         bool, typer.Option("--gate", help="Every format that was considered, with its times.")
     ] = False,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Share of every layer in the drift of each profile.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -266,6 +269,8 @@ def inspect(
             console.show(tables.layers(manifest.chain.profiles))
         if gate:
             console.show(tables.gate(manifest.gate))
+        if drift:
+            console.show(tables.drift(manifest.profiles))
         console.show(tables.conversion(manifest.report))
         for text in () if quiet else manifest.assumptions:
             console.show(f"assumed {text}")

@@ -1,6 +1,93 @@
 """What is known of the output drift of a profile: four labelled numbers that are never merged."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+PAPER = "operator-norm"
+"""The proxy of the paper: sum over layers of L ||dW||_2 alpha."""
+MEASURED = "measured"
+"""The proxy from drifts that were measured with one layer changed at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A proxy for the drift of one profile; no guarantee.
+
+    Attributes:
+        value: The estimate, never below that of a larger profile.
+        raw: Before it was raised to those of larger profiles.
+        teacher: Raw, against the largest profile instead of the original.
+        rounding: What is added to `raw` by rounding activations.
+    """
+
+    value: float
+    raw: float
+    teacher: float
+    rounding: float
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one layer adds to the proxies of a profile, against the original.
+
+    Attributes:
+        gain: Jacobian norm L from the layer's output to the model's outputs.
+        residual: Operator norm of the weight residual dW: rank and rounding together.
+        alpha: RMS over inputs of the norm of the layer's input, in the profile.
+        rounding: RMS over inputs of what rounding activations adds to the layer's output.
+        estimates: Variant -> the layer's own estimate, rounding of activations included.
+    """
+
+    gain: float
+    residual: float
+    alpha: float
+    rounding: float
+    estimates: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """What first-order estimates say of the drift of one profile.
+
+    Attributes:
+        estimates: Variant -> estimate; ``operator-norm`` is the paper's.
+        shares: Site -> its part.
+        spread: Largest over layers of (most - least) / mean of alpha over three draws of inputs.
+        inputs: Inputs behind activation norms.
+        gains_measured: Sites whose gain was iterated; the others' lie between their neighbours'.
+        seconds: Time that the gains, shared by all profiles, and this profile's norms took.
+    """
+
+    estimates: Mapping[str, Estimate]
+    shares: Mapping[str, Share]
+    spread: float
+    inputs: int
+    gains_measured: int
+    seconds: float
+
+    @property
+    def paper(self) -> Estimate:
+        """The paper's form."""
+        return self.estimates[PAPER]
+
+    def ranked(self, variant: str) -> list[tuple[str, float]]:
+        """Sites and their share of a variant's total, largest first.
+
+        Shares of squares where the variant adds squares.
+
+        Raises:
+            KeyError: No such variant.
+        """
+        parts = {site: share.estimates[variant] for site, share in self.shares.items()}
+        if variant in SQUARED:
+            parts = {site: part**2 for site, part in parts.items()}
+        total = sum(parts.values())
+        found = [(site, part / total if total > 0 else 0.0) for site, part in parts.items()]
+        return sorted(found, key=lambda item: -item[1])
+
+
+SQUARED = frozenset({"jacobian-rms-rss", "kronecker-rss", MEASURED})
+"""Variants that combine layers by the root of the sum of squares; the others add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +156,13 @@ class Certificate:
     """Four statements on the drift of one profile; None where not computed.
 
     Attributes:
-        proxy: Sum of gain x residual norm x activation norm (no guarantee).
+        proxy: First-order estimates, the paper's sum L ||dW||_2 alpha among them (no guarantee).
         sound: A true bound over a stated domain (may be vacuous).
         calibrated: Split-conformal bounds (marginal coverage, exchangeable data).
         observed: Measured on held-out data.
     """
 
-    proxy: float | None = None
+    proxy: Proxy | None = None
     sound: float | None = None
     calibrated: Calibrated | None = None
     observed: Observed | None = None

@@ -101,6 +101,14 @@ class Fields:
         """An object, read by `read`."""
         return Fields(self.mapping(key), self.file, self._below(key)).build(read)
 
+    def named(self, key: str, read: Callable[["Fields"], T]) -> dict[str, T]:
+        """An object of objects, each read by `read`."""
+        below = self._below(key)
+        return {
+            name: Fields(part, self.file, f"{below}.{name}").build(read)
+            for name, part in self.mapping(key).items()
+        }
+
     def each(self, key: str, read: Callable[["Fields"], T]) -> tuple[T, ...]:
         """A list of objects, each read by `read`."""
         below = self._below(key)

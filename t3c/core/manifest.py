@@ -14,7 +14,15 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, Literal, Self, get_args
 
-from t3c.core.certificate import Bound, Calibrated, Certificate, Observed
+from t3c.core.certificate import (
+    Bound,
+    Calibrated,
+    Certificate,
+    Estimate,
+    Observed,
+    Proxy,
+    Share,
+)
 from t3c.core.errors import ArtifactError
 from t3c.core.fields import Fields
 from t3c.core.formats import parse_format
@@ -23,7 +31,7 @@ from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.report import ConversionReport, Outcome, Row
 from t3c.core.structure import Tree, leaves, problem
 
-SCHEMA = 2
+SCHEMA = 3
 FORMAT = "t3c-artifact"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -323,7 +331,7 @@ def _profile_to_json(compiled: CompiledProfile) -> dict[str, Any]:
         "latency": None if p.latency is None else asdict(p.latency),
         "energy": None if p.energy is None else asdict(p.energy),
         "certificate": {
-            "proxy": _number(c.proxy),
+            "proxy": None if c.proxy is None else _proxy_to_json(c.proxy),
             "sound": _number(c.sound),
             "calibrated": None if c.calibrated is None else _calibrated_to_json(c.calibrated),
             "observed": None if c.observed is None else asdict(c.observed),
@@ -366,10 +374,54 @@ def _energy_from_json(f: Fields) -> Energy:
 
 def _certificate_from_json(f: Fields) -> Certificate:
     return Certificate(
-        f.optional("proxy", f.number),
+        f.optional("proxy", lambda k: f.within(k, _proxy_from_json)),
         f.optional("sound", f.number),
         f.optional("calibrated", lambda k: f.within(k, _calibrated_from_json)),
         f.optional("observed", lambda k: f.within(k, _observed_from_json)),
+    )
+
+
+def _proxy_to_json(found: Proxy) -> dict[str, Any]:
+    return {
+        "estimates": {n: _numbers(asdict(e)) for n, e in found.estimates.items()},
+        "shares": {
+            site: _numbers({k: v for k, v in asdict(s).items() if k != "estimates"})
+            | {"estimates": _numbers(s.estimates)}
+            for site, s in found.shares.items()
+        },
+        "spread": _number(found.spread),
+        "inputs": found.inputs,
+        "gains_measured": found.gains_measured,
+        "seconds": found.seconds,
+    }
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, Any]:
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _proxy_from_json(f: Fields) -> Proxy:
+    return Proxy(
+        estimates=f.named("estimates", _estimate_from_json),
+        shares=f.named("shares", _share_from_json),
+        spread=f.number("spread"),
+        inputs=f.whole("inputs"),
+        gains_measured=f.whole("gains_measured"),
+        seconds=f.number("seconds"),
+    )
+
+
+def _estimate_from_json(f: Fields) -> Estimate:
+    return Estimate(f.number("value"), f.number("raw"), f.number("teacher"), f.number("rounding"))
+
+
+def _share_from_json(f: Fields) -> Share:
+    return Share(
+        f.number("gain"),
+        f.number("residual"),
+        f.number("alpha"),
+        f.number("rounding"),
+        f.within("estimates", lambda e: {k: e.number(k) for k in e.data}),
     )
 
 

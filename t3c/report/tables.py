@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from t3c.core.certificate import Certificate
+from t3c.core.certificate import MEASURED, PAPER, Certificate, Proxy
 from t3c.core.gate import GateRow
 from t3c.core.manifest import CompiledProfile
 from t3c.core.profile import Profile, Timing
@@ -68,7 +68,7 @@ def profiles(chain: Sequence[CompiledProfile] | Sequence[Profile], title: str = 
             number(None if timing is None else timing.p95_s * 1e3),
             UNKNOWN if timing is None else str(timing.label),
             UNKNOWN if energy is None else f"{number(energy.joules * 1e3)} ({energy.label})",
-            number(cert.proxy),
+            number(None if cert.proxy is None else cert.proxy.paper.value),
             number(cert.sound),
             number(_ninety(cert)),
             number(None if cert.observed is None else cert.observed.p95),
@@ -94,6 +94,30 @@ def layers(chain: Sequence[Profile], title: str = "Format of every layer") -> Ta
     for site in chain[0].formats:
         table.add_row(site, *(str(profile.formats[site]) for profile in chain))
     return table
+
+
+def drift(chain: Sequence[CompiledProfile], title: str = "Where drift comes from") -> Table:
+    """One row per layer, largest first in the smallest profile: its share of every profile's drift.
+
+    Shares are those of the sharpest proxy that the profiles state; squares, where it adds squares.
+    """
+    known = [(c.profile.name, p) for c in chain if (p := c.profile.certificate.proxy) is not None]
+    names = [name for name, _ in known]
+    if not known:
+        return _table(f"{title}: no proxy in this artifact", ("layer",), ())
+    variant = sharpest(known[0][1])
+    shares = [dict(found.ranked(variant)) for _, found in known]
+    table = _table(f"{title} ({variant} proxy)", ("layer",), [f"{name} %" for name in names])
+    for site in shares[0]:
+        table.add_row(site, *(number(100 * share[site]) for share in shares))
+    totals = [number(found.estimates[variant].value) for _, found in known]
+    table.add_row("all layers, ||dz||", *totals)
+    return table
+
+
+def sharpest(proxy: Proxy) -> str:
+    """The variant that follows observed drift best of those that were computed."""
+    return next(v for v in (MEASURED, "kronecker-rss", PAPER) if v in proxy.estimates)
 
 
 def conversion(report: ConversionReport, title: str = "Conversion report") -> Table:

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from t3c.core.artifact import Artifact, seal, write_atomic, writing
-from t3c.core.certificate import Bound, Calibrated, Certificate
+from t3c.core.certificate import (
+    MEASURED,
+    PAPER,
+    Bound,
+    Calibrated,
+    Certificate,
+    Estimate,
+    Proxy,
+    Share,
+)
 from t3c.core.errors import ArtifactError
 from t3c.core.formats import Dense, LowRank
 from t3c.core.manifest import (
@@ -32,6 +41,16 @@ CALIBRATED = Calibrated(
 )
 
 
+PROXY = Proxy(
+    estimates={PAPER: Estimate(4.0, 3.0, 2.0, 0.5), MEASURED: Estimate(0.2, 0.2, 0.1, 0.0)},
+    shares={"fc": Share(1.0, 2.0, 1.25, 0.5, {PAPER: 3.0, MEASURED: 0.2})},
+    spread=0.05,
+    inputs=4,
+    gains_measured=1,
+    seconds=0.25,
+)
+
+
 def profile(name: str, rank: int) -> CompiledProfile:
     return CompiledProfile(
         Profile(
@@ -42,7 +61,7 @@ def profile(name: str, rank: int) -> CompiledProfile:
             ram_bytes=200 * rank,
             latency=Timing(1e-3, 2e-3, Label.MEASURED, 100, 2),
             energy=Energy(1e-3, Label.ESTIMATED),
-            certificate=Certificate(proxy=1.0, calibrated=CALIBRATED),
+            certificate=Certificate(proxy=PROXY, calibrated=CALIBRATED),
         ),
         f"profile_{name}",
         ("fc.low", "fc.high"),
@@ -104,7 +123,7 @@ def test_a_line_of_text_says_target_stage_and_profiles() -> None:
     ("path", "value", "message"),
     [
         (("format",), "zip", r"m\.json: format is 'zip'"),
-        (("schema",), SCHEMA + 1, r"schema 3 was written by t3c 0\.1\.0"),
+        (("schema",), SCHEMA + 1, r"schema 4 was written by t3c 0\.1\.0"),
         (("target",), None, r"m\.json: target: expected dict, got None"),
         (("target", "features"), [1], r"target\.features: expected strings only"),
         (("stages", "ran"), 1, r"stages\.ran: expected bool, got 1"),

@@ -6,7 +6,16 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from t3c.core.certificate import Bound, Calibrated, Certificate, Observed
+from t3c.core.certificate import (
+    PAPER,
+    Bound,
+    Calibrated,
+    Certificate,
+    Estimate,
+    Observed,
+    Proxy,
+    Share,
+)
 from t3c.core.formats import Dense, LowRank
 from t3c.core.manifest import CompiledProfile, Parity
 from t3c.core.profile import Energy, Label, Profile, Timing
@@ -14,6 +23,14 @@ from t3c.core.report import ConversionReport, Row
 from t3c.report import tables
 
 BARE = Profile("tiny", {"fc": LowRank(8)}, 2_000_000, 3_000_000, 4_000_000)
+PROXY = Proxy(
+    {PAPER: Estimate(1.5, 1.5, 1.0, 0.1), "kronecker-rss": Estimate(0.5, 0.5, 0.4, 0.1)},
+    {
+        "fc": Share(1.0, 1.0, 1.0, 0.1, {PAPER: 1.0, "kronecker-rss": 0.3}),
+        "head": Share(1.0, 0.5, 1.0, 0.1, {PAPER: 0.5, "kronecker-rss": 0.4}),
+    },
+    0.0, 8, 2, 0.1,
+)  # fmt: skip
 UNBOUNDED = Calibrated((Bound(0.9, math.inf, math.inf, 0.1, (1.0,)),), 4, "ab" * 32)
 FULL = Profile(
     "max",
@@ -23,7 +40,7 @@ FULL = Profile(
     7_000_000,
     Timing(1e-3, 2e-3, Label.MEASURED, 9),
     Energy(3e-3, Label.ESTIMATED),
-    Certificate(1.5, None, UNBOUNDED, Observed(0.1, 0.1, 0.25, 0.3, 0.01, None, 8)),
+    Certificate(PROXY, None, UNBOUNDED, Observed(0.1, 0.1, 0.25, 0.3, 0.01, None, 8)),
 )
 
 
@@ -40,6 +57,12 @@ def test_a_profile_row_has_costs_labels_and_drift() -> None:
     assert rows[0] == ["tiny", "2", "3", "4"] + ["-"] * 10
     assert rows[1][1:8] == ["5", "6", "7", "1", "2", "measured", "3 (estimated)"]
     assert rows[1][8:] == ["1.5", "-", "inf", "0.25", "0.01", "-"]
+
+
+def test_layers_are_listed_by_their_share_of_the_drift() -> None:
+    rows = text(tables.drift([CompiledProfile(FULL, "f", ())]))
+    assert rows == [["head", "64"], ["fc", "36"], ["all layers, ||dz||", "0.5"]]
+    assert text(tables.drift([CompiledProfile(BARE, "f", ())])) == []
 
 
 def test_parity_of_a_compiled_profile_is_shown() -> None:

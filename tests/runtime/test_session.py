@@ -54,7 +54,9 @@ def test_profiles_ascend_and_the_largest_is_current_at_first(session: Session) -
     assert [p.name for p in session.profiles] == list(toy.NAMES)
     assert session.profile.name == "max"
     assert session.profiles[0].latency_ms == 1.0
-    assert session.profiles[1].certificate.proxy == 0.25
+    proxy = session.profiles[1].certificate.proxy
+    assert proxy is not None
+    assert proxy.paper.value == 0.25
 
 
 def test_inputs_go_by_position_by_name_and_as_torch(session: Session) -> None:
@@ -241,9 +243,9 @@ def edit(folder: Path, old: str, new: str) -> None:
 
 
 def test_a_newer_schema_is_refused_and_says_which_version_reads_it(copy: Path) -> None:
-    edit(copy, '"schema": 2', '"schema": 3')
+    edit(copy, '"schema": 3', '"schema": 4')
     edit(copy, '"t3c": "0.1.0"', '"t3c": "9.1.0"')
-    with pytest.raises(ArtifactError, match=r"schema 3 was written by t3c 9\.1\.0.*install t3c 9"):
+    with pytest.raises(ArtifactError, match=r"schema 4 was written by t3c 9\.1\.0.*install t3c 9"):
         load(copy)
 
 

@@ -14,7 +14,16 @@ from t3c.codegen import machine_code
 from t3c.codegen.calls import Program, flatten, lay_out
 from t3c.codegen.entries import entry
 from t3c.core.artifact import Artifact
-from t3c.core.certificate import Bound, Calibrated, Certificate, Observed
+from t3c.core.certificate import (
+    PAPER,
+    Bound,
+    Calibrated,
+    Certificate,
+    Estimate,
+    Observed,
+    Proxy,
+    Share,
+)
 from t3c.core.formats import Dense, LowRank
 from t3c.core.manifest import (
     CompiledProfile,
@@ -97,6 +106,13 @@ def calibrated(bound: float) -> Calibrated:
     return Calibrated((Bound(0.9, bound, bound, 0.05, (0.9, 1.0, 0.8)),), 30, "ab" * 32)
 
 
+def proxy(value: float) -> Proxy:
+    """A proxy, invented."""
+    estimate = Estimate(value, value, value, 0.0)
+    share = Share(1.0, value, 1.0, 0.0, {PAPER: value})
+    return Proxy({PAPER: estimate}, {"fc": share}, 0.0, 8, 1, 0.1)
+
+
 def profile(name: str) -> Profile:
     """Costs of one profile, invented."""
     large = name == "max"
@@ -111,7 +127,7 @@ def profile(name: str) -> Profile:
         else Timing(5e-4, 1e-3, Label.PREDICTED),
         energy=Energy(2e-3, Label.ESTIMATED) if large else None,
         certificate=Certificate(
-            proxy=0.25 if large else 1.5,
+            proxy=proxy(0.25 if large else 1.5),
             calibrated=calibrated(0.1 if large else float("inf")),
             observed=Observed(0.1, 0.1, 0.2, 0.3, 0.01, None, 8),
         ),
