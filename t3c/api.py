@@ -47,6 +47,7 @@ from t3c.core.profile import ProfileChain
 from t3c.core.sites import Site
 from t3c.core.structure import LEAF, Tree
 from t3c.elastic.conv import ElasticConv
+from t3c.elastic.factorize import DEFAULT
 from t3c.elastic.linear import ElasticLinear
 from t3c.elastic.model import ElasticModel
 from t3c.elastic.snap import Snap
@@ -82,6 +83,7 @@ def elasticize(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     conv: str = "tucker2",
+    factorizer: str = DEFAULT,
     tables: bool = False,
 ) -> ElasticModel:
     """Capture a model and turn its linear and convolution layers into elastic ones.
@@ -95,11 +97,14 @@ def elasticize(
         include: Globs over module paths; only these layers become elastic.
         exclude: Globs over module paths that stay as they are.
         conv: Factorization of k x k convolutions: ``tucker2`` or ``cp``.
+        factorizer: What makes the low ranks of linear layers and 1x1 convolutions: ``svd``,
+            ``whitened-svd`` (in the metric of the inputs) or ``kronecker-svd`` (of both sides).
         tables: Whether profiles read embedding tables in int8, with a scale for each row.
 
     Raises:
         PassError: The model cannot be captured (the message names every way that was tried), or a
             weight is not finite.
+        ValueError: There is no such factorizer.
     """
     captured = capture(model, example_inputs, example_kwargs)
     makers = Makers(
@@ -111,6 +116,7 @@ def elasticize(
     graph, report = rewrite(captured.graph, makers, Choice(tuple(include), tuple(exclude)))
     elastic = ElasticModel(graph, captured, report)
     for name, layer in elastic.layers.items():
+        layer.set_thin(factorizer)
         if not torch.isfinite(layer.weight).all():
             raise PassError(
                 f"layer {name!r}: its weight holds NaN or infinity; load a sound checkpoint, or "
@@ -131,6 +137,7 @@ def lower(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     conv: str = "tucker2",
+    factorizer: str = DEFAULT,
     tables: bool = False,
     activations: str = "auto",
     plan_seconds: float | None = None,
@@ -156,6 +163,7 @@ def lower(
         include: See `elasticize`.
         exclude: See `elasticize`.
         conv: See `elasticize`.
+        factorizer: See `elasticize`.
         tables: See `elasticize`.
         activations: How convolutions round their inputs: ``static``, to grids fixed on the
             calibration data, so that int8 tensors flow between them; ``dynamic``, to the range of
@@ -211,6 +219,7 @@ def lower(
             include=include,
             exclude=exclude,
             conv=conv,
+            factorizer=factorizer,
             tables=tables,
         )
     notes.add(*_captured(elastic).notes)

@@ -67,7 +67,7 @@ class ElasticConv(ElasticLayer):
 
     def factorizer(self, kind: type[Format]) -> str:
         """By the format's kind."""
-        names: dict[type[Format], str] = {LowRank: "whitened-svd", Tucker2: "tucker2", CP: "cp"}
+        names: dict[type[Format], str] = {LowRank: self.thin, Tucker2: "tucker2", CP: "cp"}
         return names[kind]
 
     def _cp_rank(self) -> int:

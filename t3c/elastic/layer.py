@@ -15,7 +15,7 @@ from t3c.core.grid import Grid
 from t3c.core.registry import resolve
 from t3c.core.sites import LinearSite, Site
 from t3c.elastic import fake_quant
-from t3c.elastic.factorize import FACTORIZATIONS
+from t3c.elastic.factorize import DEFAULT, FACTORIZATIONS, LOW_RANK
 from t3c.elastic.factorize.base import AbstractFactorizer
 
 INPUT = "x"
@@ -40,6 +40,7 @@ class ElasticLayer(nn.Module, ABC):
         exact: Whether formats below 32 bits run on integers as the kernels do; else in float.
         grids: Fixed grids of activations: of the input (`INPUT`) and of the outputs of inner
             steps, by factor. Where there is none, activations get their scale from each call.
+        thin: Name of the factorizer that makes low ranks.
     """
 
     def __init__(self, site: Site, weight: Tensor, bias: Tensor | None) -> None:
@@ -48,6 +49,7 @@ class ElasticLayer(nn.Module, ABC):
         self.site = site
         self.format: Format | None = None
         self.exact = True
+        self.thin = DEFAULT
         self.grids: dict[str, Grid] = {}
         self.weight = nn.Parameter(weight.detach())
         self.bias = None if bias is None else nn.Parameter(bias.detach())
@@ -141,6 +143,19 @@ class ElasticLayer(nn.Module, ABC):
     def fit_ranks(self, kind: type[Format]) -> tuple[int, ...] | None:
         """Ranks that factors of a kind are fitted to where nobody names any; None: all."""
         return None
+
+    def set_thin(self, name: str) -> None:
+        """Make low ranks by this factorizer; factors are made again on next use.
+
+        Raises:
+            ValueError: It is none that makes low ranks.
+        """
+        if name not in LOW_RANK:
+            raise ValueError(
+                f"factorizer is {name!r}; allowed are {', '.join(map(repr, LOW_RANK))}"
+            )
+        self.thin = name
+        self.set_moment(self._moment)
 
     def set_moment(self, moment: Tensor | None) -> None:
         """Give the inputs' second moment [k, k]; factors are made again on next use."""

@@ -33,8 +33,8 @@ class ElasticLinear(ElasticLayer):
         return rank, rank
 
     def factorizer(self, kind: type[Format]) -> str:
-        """SVD in the metric of the inputs, or plain where that is unknown."""
-        return "whitened-svd"
+        """The one that was chosen for low ranks."""
+        return self.thin
 
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:
         return {"low": (None, self.site.k), "high": (self.site.n, None)}

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class AbstractFactorizer(ABC):
     factors: ClassVar[tuple[str, ...]]
     """Names of the factors it gives."""
 
-    @abstractmethod
+    @final
     def split(
         self,
         weight: Tensor,
@@ -35,16 +35,33 @@ class AbstractFactorizer(ABC):
         gains: Tensor | None = None,
         ranks: Ranks | None = None,
     ) -> Factors:
-        """Factors of a weight.
+        """Factors of a weight, float32.
 
         Args:
             weight: [n, k], or [out, in, kh, kw].
             moment: Second moment E[x x^T] of the inputs [k, k] (channels [in, in]); None: identity.
             gains: Which output directions matter: positive definite [n, n]; None: identity. Used
-                only together with a moment.
+                only together with a moment, by factorizers that weigh outputs.
             ranks: Largest ranks wanted; None: all. A factorizer whose components depend on the
                 rank (CP) fits this one.
+
+        Raises:
+            T3CError: The weight, the moment or the gains are not finite.
+            ValueError: The moment or the gains do not fit the weight, or a rank is below 1.
         """
+        n, k = weight.shape[:2]
+        _check("weight", weight, None)
+        _check("second moment of the inputs", moment, k)
+        _check("gains of the outputs", gains, n)
+        if ranks is not None and min(ranks) < 1:
+            raise ValueError(f"ranks are {ranks}; a rank is at least 1")
+        return self._split(weight, moment, gains, ranks)
+
+    @abstractmethod
+    def _split(
+        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+    ) -> Factors:
+        """`split`, of arguments that are finite and fit."""
 
     @abstractmethod
     def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
@@ -59,6 +76,19 @@ class AbstractFactorizer(ABC):
         return weight - self.merge(factors, ranks)
 
 
+def _check(what: str, value: Tensor | None, side: int | None) -> None:
+    """Refuse values that are not finite, and metrics that are not [side, side]."""
+    if value is None:
+        return
+    if side is not None and tuple(value.shape) != (side, side):
+        raise ValueError(f"the {what} are {tuple(value.shape)}; this weight needs [{side}, {side}]")
+    if not bool(torch.isfinite(value).all()):
+        raise T3CError(
+            f"the {what} hold NaN or infinity; leave out the samples that bring them, or check the "
+            "model"
+        )
+
+
 def second_moment(samples: Tensor) -> Tensor:
     """E[x x^T] over all rows of samples [..., k], in float64."""
     rows = samples.detach().reshape(-1, samples.shape[-1]).double()
@@ -68,8 +98,6 @@ def second_moment(samples: Tensor) -> Tensor:
 def damped(moment: Tensor, damping: float) -> Tensor:
     """Moment + damping * mean(diagonal) * I, in the moment's type; identity where it is zero."""
     a = moment.detach().clone()
-    if not torch.isfinite(a.sum()):
-        raise T3CError("the second moment of the inputs is not finite; drop the samples with NaN")
     mean = float(a.diagonal().mean())
     if mean <= 0:
         return torch.eye(len(a), dtype=a.dtype, device=a.device)

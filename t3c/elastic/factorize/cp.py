@@ -36,13 +36,8 @@ class CpAls(AbstractFactorizer):
     ridge: float = 1e-6
     seed: int = 0
 
-    def split(
-        self,
-        weight: Tensor,
-        moment: Tensor | None = None,
-        *,
-        gains: Tensor | None = None,
-        ranks: Ranks | None = None,
+    def _split(
+        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
     ) -> Factors:
         """Fit `ranks` = (rank,) components; None: min(out, in). Neither moment is used.
 

@@ -16,13 +16,8 @@ class Svd(AbstractFactorizer):
     name: ClassVar[str] = "svd"
     factors: ClassVar[tuple[str, ...]] = ("low", "high")
 
-    def split(
-        self,
-        weight: Tensor,
-        moment: Tensor | None = None,
-        *,
-        gains: Tensor | None = None,
-        ranks: Ranks | None = None,
+    def _split(
+        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
     ) -> Factors:
         """By the eigenvectors Q of the smaller Gram matrix: W = Q (Q^T W) holds to rounding."""
         w = weight.detach().flatten(1).float()

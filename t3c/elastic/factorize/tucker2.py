@@ -40,13 +40,8 @@ class Tucker2Hosvd(AbstractFactorizer):
     sweeps: int = 2
     focus: float = 0.5
 
-    def split(
-        self,
-        weight: Tensor,
-        moment: Tensor | None = None,
-        *,
-        gains: Tensor | None = None,
-        ranks: Ranks | None = None,
+    def _split(
+        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
     ) -> Factors:
         """Factors at full rank, or cut to `ranks` = (rank_in, rank_out)."""
         w = weight.detach().float()

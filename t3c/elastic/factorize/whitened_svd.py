@@ -1,4 +1,4 @@
-"""Activation-whitened SVD: the best low rank on the inputs that the layer sees."""
+"""SVD in the metric of the data: of the inputs that the layer sees, or of both sides."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +22,9 @@ from t3c.elastic.factorize.svd import SVD
 @final
 @dataclass(frozen=True, slots=True)
 class WhitenedSvd(AbstractFactorizer):
-    """Minimizes E ||R^T (W - high low) x||^2 at every rank, given A = E[x x^T] and G = R R^T.
+    """Minimizes E ||(W - high low) x||^2 at every rank, given A = E[x x^T].
 
-    With A = L L^T the factors come from the singular vectors of R^T W L. Whichever side is shorter,
-    one Cholesky factor and one eigenproblem of that side are enough: the other metric only enters
-    products. Source: SVD-LLM (arXiv 2403.07378), for the inputs' side.
+    Source: SVD-LLM (arXiv 2403.07378).
 
     Attributes:
         damping: Added to A's diagonal, as a share of its mean. Source: docs, whitening sweep.
@@ -36,22 +34,11 @@ class WhitenedSvd(AbstractFactorizer):
     factors: ClassVar[tuple[str, ...]] = ("low", "high")
     damping: float = 1e-3
 
-    def split(
-        self,
-        weight: Tensor,
-        moment: Tensor | None = None,
-        *,
-        gains: Tensor | None = None,
-        ranks: Ranks | None = None,
+    def _split(
+        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
     ) -> Factors:
-        """As `Svd.split`, in the metric of inputs and outputs; without a moment `Svd.split`."""
-        if moment is None:
-            return SVD.split(weight, ranks=ranks)
-        w = weight.detach().flatten(1).float()
-        a = damped(moment.to(w), self.damping)
-        g = None if gains is None else gains.to(w)
-        rank = min(w.shape) if ranks is None else min(*w.shape, ranks[0])
-        return _by_outputs(w, a, g, rank) if len(w) <= w.shape[1] else _by_inputs(w, a, g, rank)
+        """As `Svd.split`, in the metric of the inputs; gains are not used."""
+        return weighed(weight, moment, None, ranks, self.damping)
 
     def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
         """high[:, :r] low[:r]."""
@@ -60,6 +47,55 @@ class WhitenedSvd(AbstractFactorizer):
     def break_even(self, shape: tuple[int, ...]) -> float:
         """N k / (n + k)."""
         return SVD.break_even(shape)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class KroneckerSvd(AbstractFactorizer):
+    """Minimizes E ||R^T (W - high low) x||^2 at every rank, given A = E[x x^T] and G = R R^T.
+
+    With A = L L^T the factors come from the singular vectors of R^T W L. Whichever side is shorter,
+    one Cholesky factor and one eigenproblem of that side are enough: the other metric only enters
+    products. Source: the two-sided weighting of KFAC-style pruning, with SVD-LLM's whitening.
+
+    Attributes:
+        damping: Added to A's diagonal, as a share of its mean. Source: docs, whitening sweep.
+    """
+
+    name: ClassVar[str] = "kronecker-svd"
+    factors: ClassVar[tuple[str, ...]] = ("low", "high")
+    damping: float = 1e-3
+
+    def _split(
+        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+    ) -> Factors:
+        """As `Svd.split`, in the metric of inputs and outputs."""
+        return weighed(weight, moment, gains, ranks, self.damping)
+
+    def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
+        """high[:, :r] low[:r]."""
+        return SVD.merge(factors, ranks)
+
+    def break_even(self, shape: tuple[int, ...]) -> float:
+        """N k / (n + k)."""
+        return SVD.break_even(shape)
+
+
+def weighed(
+    weight: Tensor,
+    moment: Tensor | None,
+    gains: Tensor | None,
+    ranks: Ranks | None,
+    damping: float,
+) -> Factors:
+    """Low rank in the metric of both sides; without a moment `Svd.split`."""
+    if moment is None:
+        return SVD.split(weight, ranks=ranks)
+    w = weight.detach().flatten(1).float()
+    a = damped(moment.to(w), damping)
+    g = None if gains is None else gains.to(w)
+    rank = min(w.shape) if ranks is None else min(*w.shape, ranks[0])
+    return _by_outputs(w, a, g, rank) if len(w) <= w.shape[1] else _by_inputs(w, a, g, rank)
 
 
 def _by_outputs(w: Tensor, a: Tensor, g: Tensor | None, rank: int) -> Factors:
@@ -95,3 +131,4 @@ def _by_inputs(w: Tensor, a: Tensor, g: Tensor | None, rank: int) -> Factors:
 
 
 WHITENED_SVD = WhitenedSvd()
+KRONECKER_SVD = KroneckerSvd()

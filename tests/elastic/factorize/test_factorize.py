@@ -7,12 +7,13 @@ import torch
 
 from t3c.core.errors import T3CError
 from t3c.core.registry import resolve
-from t3c.elastic.factorize import FACTORIZATIONS
+from t3c.elastic.factorize import DEFAULT, FACTORIZATIONS, LOW_RANK
 from t3c.elastic.factorize.base import AbstractFactorizer, damped, principal, second_moment
 from t3c.elastic.factorize.cp import CP_ALS, CpAls
 from t3c.elastic.factorize.svd import SVD
 from t3c.elastic.factorize.tucker2 import TUCKER2, Tucker2Hosvd
-from t3c.elastic.factorize.whitened_svd import WHITENED_SVD
+from t3c.elastic.factorize.whitened_svd import KRONECKER_SVD, WHITENED_SVD
+from tests.conformance.factorization import FactorizationConformance
 
 
 @pytest.mark.parametrize("name", FACTORIZATIONS)
@@ -22,21 +23,58 @@ def test_registry_resolves_and_names_agree(name: str) -> None:
     assert found.name == name
 
 
-@pytest.mark.parametrize("name", ["svd", "whitened-svd", "tucker2"])
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (1, 3), (4, 1)])
-def test_full_rank_is_exact_and_prefixes_agree(name: str, shape: tuple[int, int]) -> None:
-    found = resolve(FACTORIZATIONS, name, "factorization", T3CError)
-    assert isinstance(found, AbstractFactorizer)
-    conv = name == "tucker2"
-    w = torch.randn(*shape, 3, 3) if conv else torch.randn(*shape)
-    x = torch.randn(50, shape[1]) @ torch.randn(shape[1], shape[1])
-    for moment in (None, second_moment(x)):
-        factors = found.split(w, moment)
-        assert tuple(factors) == found.factors
-        torch.testing.assert_close(found.merge(factors), w, rtol=1e-4, atol=1e-4)
-        ranks = (1, 1) if conv else (1,)
-        small = found.split(w, moment, ranks=ranks)
-        torch.testing.assert_close(found.merge(small), found.merge(factors, ranks))
+class TestSvd(FactorizationConformance):
+    factorizer = SVD
+    inputs = False
+
+
+class TestWhitenedSvd(FactorizationConformance):
+    factorizer = WHITENED_SVD
+
+
+class TestKroneckerSvd(FactorizationConformance):
+    factorizer = KRONECKER_SVD
+    outputs = True
+
+
+class TestTucker2(FactorizationConformance):
+    factorizer = TUCKER2
+    convolution = outputs = True
+
+
+class TestCp(FactorizationConformance):
+    factorizer = CP_ALS
+    convolution = True
+    exact = inputs = False
+
+
+def test_every_registered_factorizer_is_under_the_suite() -> None:
+    tested = {cls.factorizer.name for cls in FactorizationConformance.__subclasses__()}
+    assert tested == set(FACTORIZATIONS)
+
+
+def test_low_ranks_are_made_by_any_of_their_factorizers() -> None:
+    for name in LOW_RANK:
+        found = resolve(FACTORIZATIONS, name, "factorization", T3CError)
+        assert isinstance(found, AbstractFactorizer)
+        assert found.factors == ("low", "high")
+    assert DEFAULT in LOW_RANK
+
+
+def test_each_metric_wins_where_it_is_the_measure() -> None:
+    draw = torch.Generator().manual_seed(5)
+    w = torch.randn(24, 32, generator=draw)
+    moment = second_moment(torch.randn(200, 32, generator=draw) * torch.logspace(-2, 1, 32))
+    gains = torch.diag(torch.logspace(-2, 2, 24))
+
+    def lost(found: AbstractFactorizer, left: torch.Tensor, right: torch.Tensor) -> float:
+        off = found.residual(w, found.split(w, moment, gains=gains), (8,)).double()
+        return float(torch.trace(left.double() @ off @ right.double() @ off.T))
+
+    contestants = (SVD, WHITENED_SVD, KRONECKER_SVD)
+    metrics = ((torch.eye(24), torch.eye(32)), (torch.eye(24), moment), (gains, moment))
+    for best, metric in zip(contestants, metrics, strict=True):
+        assert min(contestants, key=lambda f: lost(f, *metric)) is best
 
 
 def test_svd_is_the_best_low_rank() -> None:
@@ -80,8 +118,8 @@ def test_float32_is_within_a_percent_of_the_optimum(
     left = torch.linalg.cholesky(torch.eye(n).double() if gains is None else gains)
     best = torch.linalg.svdvals(left.T @ w.double() @ torch.linalg.cholesky(metric))
     for rank in (4, 16, 32):
-        found = WHITENED_SVD.split(w, moment.float(), gains=gains, ranks=(rank,))
-        off = left.T @ WHITENED_SVD.residual(w, found, (rank,)).double()
+        found = KRONECKER_SVD.split(w, moment.float(), gains=gains, ranks=(rank,))
+        off = left.T @ KRONECKER_SVD.residual(w, found, (rank,)).double()
         lost = float(torch.trace(off @ metric @ off.T))
         assert lost <= 1.01 * float(best[rank:].square().sum())
         assert found["low"].shape == (rank, k)
@@ -113,11 +151,6 @@ def test_large_layer_takes_well_under_a_second() -> None:
     assert min(times) < 2.0  # 0.3 s on a quiet core
 
 
-def test_samples_with_nan_are_refused() -> None:
-    with pytest.raises(T3CError, match="not finite"):
-        WHITENED_SVD.split(torch.randn(3, 2), torch.full((2, 2), float("nan")))
-
-
 def test_zero_weight_and_zero_moment_stay_finite() -> None:
     for factors in (
         SVD.split(torch.zeros(3, 4)),
@@ -144,9 +177,33 @@ def test_cp_finds_a_planted_decomposition() -> None:
     assert CP_ALS.merge(factors, (1,)).shape == w.shape
 
 
-def test_cp_of_nan_is_refused() -> None:
-    with pytest.raises(T3CError, match="diverged"):
-        CpAls(restarts=1, sweeps=1).split(torch.full((2, 2, 3, 3), float("nan")))
+def test_more_starts_of_cp_are_never_worse() -> None:
+    w = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for restarts in (1, 2, 4):
+        found = CpAls(restarts=restarts, sweeps=8)
+        errors.append(float(found.residual(w, found.split(w, ranks=(4,)), (4,)).norm()))
+    assert errors[2] <= errors[1] <= errors[0]
+    assert errors[2] < errors[0]
+
+
+def test_a_start_of_cp_that_diverges_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = CpAls._fit
+    starts: list[int] = []
+
+    def fit(self: CpAls, w: torch.Tensor, modes: list[torch.Tensor]) -> list[torch.Tensor]:
+        starts.append(len(starts))
+        return [m * float("nan") for m in modes] if len(starts) == 1 else real(self, w, modes)
+
+    monkeypatch.setattr(CpAls, "_fit", fit)
+    factors = CpAls(restarts=2, sweeps=2).split(torch.randn(4, 4, 3, 3), ranks=(2,))
+    assert starts == [0, 1]
+    assert all(bool(torch.isfinite(f).all()) for f in factors.values())
+
+
+def test_cp_that_diverges_from_every_start_is_refused() -> None:
+    with pytest.raises(T3CError, match="diverged from 2 starts"):
+        CpAls(restarts=2, sweeps=1, ridge=float("nan")).split(torch.randn(2, 2, 3, 3))
 
 
 def test_break_even_counts_elements() -> None:
