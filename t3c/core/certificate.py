@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 PAPER = "operator-norm"
 """The proxy of the paper: sum over layers of L ||dW||_2 alpha."""
@@ -151,6 +152,31 @@ class Calibrated:
         return next((b for b in self.bounds if b.level == level), None)
 
 
+SoundStatus = Literal["bound", "vacuous", "unavailable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """A proven upper bound on the drift ||dz||_2 of every input of a stated domain.
+
+    Attributes:
+        status: ``bound``; ``vacuous``: not below the extent of the original's outputs over the
+            domain; ``unavailable``: no finite bound is known.
+        value: The bound, never below that of a larger profile; infinite where unavailable.
+        raw: Before it was raised to those of larger profiles.
+        teacher: Raw bound on the drift against the largest profile instead of the original.
+        domain: The inputs that it holds for.
+        reason: Why it is vacuous or unavailable; empty for a bound.
+    """
+
+    status: SoundStatus
+    value: float
+    raw: float
+    teacher: float
+    domain: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """Four statements on the drift of one profile; None where not computed.
@@ -163,6 +189,6 @@ class Certificate:
     """
 
     proxy: Proxy | None = None
-    sound: float | None = None
+    sound: Sound | None = None
     calibrated: Calibrated | None = None
     observed: Observed | None = None

@@ -22,6 +22,8 @@ from t3c.core.certificate import (
     Observed,
     Proxy,
     Share,
+    Sound,
+    SoundStatus,
 )
 from t3c.core.errors import ArtifactError
 from t3c.core.fields import Fields
@@ -332,7 +334,7 @@ def _profile_to_json(compiled: CompiledProfile) -> dict[str, Any]:
         "energy": None if p.energy is None else asdict(p.energy),
         "certificate": {
             "proxy": None if c.proxy is None else _proxy_to_json(c.proxy),
-            "sound": _number(c.sound),
+            "sound": None if c.sound is None else _sound_to_json(c.sound),
             "calibrated": None if c.calibrated is None else _calibrated_to_json(c.calibrated),
             "observed": None if c.observed is None else asdict(c.observed),
         },
@@ -375,7 +377,7 @@ def _energy_from_json(f: Fields) -> Energy:
 def _certificate_from_json(f: Fields) -> Certificate:
     return Certificate(
         f.optional("proxy", lambda k: f.within(k, _proxy_from_json)),
-        f.optional("sound", f.number),
+        f.optional("sound", lambda k: f.within(k, _sound_from_json)),
         f.optional("calibrated", lambda k: f.within(k, _calibrated_from_json)),
         f.optional("observed", lambda k: f.within(k, _observed_from_json)),
     )
@@ -422,6 +424,23 @@ def _share_from_json(f: Fields) -> Share:
         f.number("alpha"),
         f.number("rounding"),
         f.within("estimates", lambda e: {k: e.number(k) for k in e.data}),
+    )
+
+
+def _sound_to_json(found: Sound) -> dict[str, Any]:
+    numbers = {k: _number(v) for k, v in asdict(found).items() if isinstance(v, float)}
+    return {**asdict(found), **numbers}
+
+
+def _sound_from_json(f: Fields) -> Sound:
+    status: SoundStatus = f.choice("status", get_args(SoundStatus))
+    return Sound(
+        status,
+        f.number("value"),
+        f.number("raw"),
+        f.number("teacher"),
+        f.text("domain"),
+        f.text("reason"),
     )
 
 

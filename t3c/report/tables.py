@@ -69,13 +69,21 @@ def profiles(chain: Sequence[CompiledProfile] | Sequence[Profile], title: str = 
             UNKNOWN if timing is None else str(timing.label),
             UNKNOWN if energy is None else f"{number(energy.joules * 1e3)} ({energy.label})",
             number(None if cert.proxy is None else cert.proxy.paper.value),
-            number(cert.sound),
+            _sound(cert),
             number(_ninety(cert)),
             number(None if cert.observed is None else cert.observed.p95),
             number(None if cert.observed is None else cert.observed.relative),
             UNKNOWN if parity is None else f"{number(parity.relative)} ({parity.where})",
         )
     return table
+
+
+def _sound(certificate: Certificate) -> str:
+    """The proven bound, with its status where that is another."""
+    found = certificate.sound
+    if found is None:
+        return UNKNOWN
+    return number(found.value) + ("" if found.status == "bound" else f" ({found.status})")
 
 
 def _ninety(certificate: Certificate) -> float | None:

@@ -1,0 +1,132 @@
+"""The inputs that a sound bound speaks of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from t3c.core.errors import CertificateError
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Every tensor between two tensors, element by element; integers are all whole numbers between.
+
+    Attributes:
+        low: Least values.
+        high: Largest values.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse an empty, infinite or misshapen box."""
+        fits = self.low.shape == self.high.shape and self.low.dtype == self.high.dtype
+        if not fits or not bool((self.low <= self.high).all()):
+            raise ValueError(
+                f"a box needs low <= high of one shape and dtype, got {tuple(self.low.shape)} and "
+                f"{tuple(self.high.shape)}"
+            )
+        if not bool(self.low.isfinite().all() & self.high.isfinite().all()):
+            raise ValueError("a box needs finite ends; clip the data, or give ends yourself")
+
+
+@dataclass(frozen=True, slots=True)
+class Ball:
+    """Every tensor within an L2 distance of a centre, over all elements together.
+
+    Attributes:
+        center: The centre, floating point.
+        radius: The distance.
+    """
+
+    center: Tensor
+    radius: float
+
+    def __post_init__(self) -> None:
+        """Refuse integers, and radii that are none."""
+        if not self.center.is_floating_point() or not self.center.isfinite().all():
+            raise ValueError(f"a ball needs a finite float centre, got {self.center.dtype}")
+        if not 0 <= self.radius < float("inf"):
+            raise ValueError(f"radius is {self.radius}; need a finite number, 0 or above")
+
+
+Region = Box | Ball
+Cell = tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A union of cells; a bound over it is the largest over its cells.
+
+    Attributes:
+        cells: Each a region for every flat input of the graph.
+        text: What it is, as reports print it.
+    """
+
+    cells: tuple[Cell, ...]
+    text: str
+
+    def __post_init__(self) -> None:
+        """Refuse no cells."""
+        if not self.cells:
+            raise CertificateError("a domain needs at least one cell; give data or ends")
+
+    @classmethod
+    def box(cls, low: Tensor, high: Tensor) -> Self:
+        """One input between two tensors."""
+        return cls(((Box(low, high),),), f"box of {low.numel()} elements")
+
+    @classmethod
+    def ball(cls, center: Tensor, radius: float) -> Self:
+        """One input within an L2 distance of a centre."""
+        return cls(((Ball(center, radius),),), f"L2 ball of radius {radius:g}")
+
+    @classmethod
+    def of_data(cls, batches: Sequence[tuple[Tensor, ...]], margin: float = 0.0) -> Self:
+        """The smallest box around all data.
+
+        Args:
+            batches: Flat inputs of calls.
+            margin: How far beyond, as a share of each element's range; for floats only.
+        """
+        _some(batches)
+        regions: list[Region] = []
+        for values in zip(*batches, strict=True):
+            every = torch.stack(values)
+            low, high = every.amin(0), every.amax(0)
+            if low.is_floating_point():
+                low, high = low - margin * (high - low), high + margin * (high - low)
+            regions.append(Box(low, high))
+        return cls((tuple(regions),), f"box of {len(batches)} inputs, margin {margin:g}")
+
+    @classmethod
+    def around(
+        cls, batches: Sequence[tuple[Tensor, ...]], radius: float, norm: str = "max"
+    ) -> Self:
+        """A cell around each of the given inputs; integers stay as they are.
+
+        Args:
+            batches: Flat inputs of calls.
+            radius: Largest distance of floats.
+            norm: ``max``: of each element; ``l2``: of all elements of an input together.
+        """
+        _some(batches)
+        if norm not in ("max", "l2"):
+            raise ValueError(f"norm is {norm!r}; allowed are 'max' and 'l2'")
+
+        def region(x: Tensor) -> Region:
+            if not x.is_floating_point():
+                return Box(x, x)
+            return Box(x - radius, x + radius) if norm == "max" else Ball(x, radius)
+
+        cells = tuple(tuple(region(x) for x in batch) for batch in batches)
+        return cls(cells, f"{norm} distance {radius:g} from {len(batches)} inputs")
+
+
+def _some(batches: Sequence[tuple[Tensor, ...]]) -> None:
+    if not batches:
+        raise CertificateError("a domain around data needs at least one input; got none")

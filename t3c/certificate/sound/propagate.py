@@ -1,0 +1,217 @@
+"""From a cell of inputs to a form of the output difference, along the graph."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, fx
+
+from t3c.certificate.sound import pair
+from t3c.certificate.sound.domain import Ball, Cell
+from t3c.certificate.sound.form import Form, Mode, Space, constant
+from t3c.certificate.sound.pair import Pair
+from t3c.certificate.sound.sites import site
+from t3c.certificate.sound.slopes import CURVES
+from t3c.elastic.layer import ElasticLayer
+from t3c.elastic.model import ElasticModel
+from t3c.elastic.snap import Snap
+from t3c.elastic.table import Table
+
+aten = torch.ops.aten
+_VIEWS = (
+    aten.reshape.default,
+    aten.view.default,
+    aten.flatten.using_ints,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+)
+_AVERAGES = (aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
+
+
+class NoRule(Exception):
+    """A node without a rule, or whose bound is not finite; the message names it."""
+
+
+def spread(elastic: ElasticModel, cell: Cell, mode: Mode, cap: int) -> tuple[list[Pair], Space]:
+    """Every output of the graph in the formats in force, beside the original.
+
+    Raises:
+        NoRule: A node has no rule.
+    """
+    space = Space(mode, cap)
+    known = _inputs(elastic, cell, space)
+    outputs: list[Pair] = []
+    for node in networkx.lexicographical_topological_sort(*_dag(elastic.graph)):
+        if node.op == "output":
+            wanted = [n for n in node.args[0] if isinstance(known.get(n), Pair)]
+            outputs = [known[n] for n in wanted]
+        elif node.op == "get_attr":
+            known[node] = _attribute(elastic.graph, str(node.target))
+        elif node not in known:
+            known[node] = _step(elastic.graph, node, known)
+    return outputs, space
+
+
+def _dag(graph: fx.GraphModule) -> tuple[Any, Callable[[fx.Node], int]]:
+    """The nodes that outputs depend on, and their order in the program."""
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    dag = networkx.DiGraph()
+    dag.add_nodes_from(order)
+    dag.add_edges_from((source, node) for node in order for source in node.all_input_nodes)
+    end = next(node for node in order if node.op == "output")
+    return dag.subgraph({end, *networkx.ancestors(dag, end)}), lambda node: order[node]
+
+
+def _inputs(elastic: ElasticModel, cell: Cell, space: Space) -> dict[fx.Node, Any]:
+    places = [n for n in elastic.graph.graph.nodes if n.op == "placeholder"]
+    if len(places) != len(cell):
+        raise ValueError(f"the domain has {len(cell)} inputs, the model {len(places)}")
+    known: dict[fx.Node, Any] = {}
+    for node, region, example in zip(places, cell, elastic.example_inputs, strict=True):
+        shape = region.center.shape if isinstance(region, Ball) else region.low.shape
+        if shape != example.shape:
+            raise ValueError(f"the domain's {node} is {tuple(shape)}, not {tuple(example.shape)}")
+        if isinstance(region, Ball):
+            if len(cell) > 1 and space.values:
+                raise ValueError("a ball is for models of one input; give boxes")
+            x = constant(space, region.center)
+            if space.mode == "symbols":
+                n = x.c.numel()
+                eye = torch.eye(n, dtype=torch.float64) * region.radius
+                space.ball, space.values = n, n
+                x = Form(space, x.c, eye.reshape(n, *shape), x.h, x.e, 0.0)
+            else:
+                x = x.remainder(torch.full_like(x.c, region.radius), region.radius)
+        elif region.low.is_floating_point():
+            low, high = region.low.double(), region.high.double()
+            x = constant(space, (low + high) / 2).widened((high - low) / 2, symbol="value")
+        else:
+            known[node] = (region.low.long(), region.high.long())
+            continue
+        known[node] = Pair(x, constant(space, torch.zeros_like(x.c)))
+    known[fx.Node] = space  # type: ignore[index]
+    return known
+
+
+def _attribute(graph: fx.GraphModule, target: str) -> Any:
+    value: Any = graph
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _step(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    space: Space = known[fx.Node]  # type: ignore[index]
+    args = fx.node.map_arg(node.args, lambda n: known[n])
+    name = f"node {node.name!r} ({node.target})"
+    try:
+        if node.op == "call_module":
+            found = _module(graph.get_submodule(str(node.target)), args[0], space)
+        else:
+            found = _function(node, args, dict(node.kwargs), space)
+    except NotImplementedError as error:
+        raise NoRule(f"{name} has no rule: {error}") from error
+    if isinstance(found, Pair) and not (found.x.finite and found.d.finite):
+        raise NoRule(f"{name}: no finite bound")
+    return found
+
+
+def _module(module: Any, p: Any, space: Space) -> Pair:
+    match module:
+        case ElasticLayer() if isinstance(p, Pair):
+            return site(module, p)
+        case Snap() if isinstance(p, Pair):
+            if module.grid is None or not module.active:
+                return p
+            return pair.snapped(p, module.grid)
+        case Table():
+            codes, scale = module.table_codes()
+            after = codes.double() * scale.double() if module.active else module.weight.detach()
+            return _rows(module.weight.detach(), after, p, space)
+        case _:
+            raise NotImplementedError(type(module).__name__)
+
+
+def _rows(table: Tensor, after: Tensor, ids: Any, space: Space) -> Pair:
+    """An embedding: at each position the hull of the rows that may be read."""
+    if not isinstance(ids, tuple):
+        raise NotImplementedError("indices that are no input")
+    table, error = table.double(), after.double() - table.double()
+    low, high = ids
+    if int(low.min()) < 0 or int(high.max()) >= len(table):
+        raise ValueError(f"token inputs must lie in [0, {len(table) - 1}]")
+
+    def hull(rows: Tensor, symbol: str) -> Form:
+        parts = [
+            (rows[int(a) : int(b) + 1].amin(0), rows[int(a) : int(b) + 1].amax(0))
+            for a, b in zip(low.flatten(), high.flatten(), strict=True)
+        ]
+        least = torch.stack([p[0] for p in parts]).reshape(*low.shape, -1)
+        most = torch.stack([p[1] for p in parts]).reshape(*low.shape, -1)
+        return constant(space, (least + most) / 2).widened((most - least) / 2, symbol=symbol)
+
+    found = Pair(hull(table, "value"), hull(error, "error"))
+    return Pair(found.x, found.d.widened(2 * pair.U * found.changed.peak))
+
+
+def _function(node: fx.Node, args: Any, kwargs: dict[str, Any], space: Space) -> Any:
+    target: Any = node.target
+    p = args[0]
+    if target is aten.embedding.default:
+        return _rows(args[0], args[0], args[1], space)
+    if not isinstance(p, Pair):
+        raise NotImplementedError("its first argument is no float of the model")
+    if target in _VIEWS:
+        return _same(p, lambda t: target(t, *args[1:], **kwargs), 1.0, 0)
+    if target in _AVERAGES:
+        shape = node.meta["val"].shape
+        terms = math.ceil(p.x.c.numel() / math.prod(shape)) + 2
+        return _same(p, lambda t: target(t, *args[1:], **kwargs), None, terms)
+    if target is aten.relu.default:
+        return pair.relu(p)
+    smooth = {aten.silu.default: "silu", aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid"}
+    if target in smooth:
+        return pair.curve(p, CURVES[smooth[target]])
+    if target is aten.gelu.default and kwargs.get("approximate", "none") == "none":
+        return pair.curve(p, CURVES["gelu"])
+    if target is aten.max_pool2d.default:
+        return _max_pool(p, lambda t: target(t, *args[1:], **kwargs))
+    if target is aten.add.Tensor and kwargs.get("alpha", 1) == 1:
+        return _added(p, args[1], space)
+    if target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(args[1], int | float | Tensor):
+        factor = torch.as_tensor(args[1], dtype=torch.float64)
+        by = factor if target is aten.mul.Tensor else 1 / factor
+        return Pair(p.x.scaled(by), p.d.scaled(by)).rounded(3)
+    raise NotImplementedError("unknown operator")
+
+
+def _same(p: Pair, op: Callable[[Tensor], Tensor], norm: float | None, roundings: int) -> Pair:
+    stacked = torch.vmap(op)
+    return pair.linear(p, stacked, stacked, norm, roundings)
+
+
+def _added(a: Pair, b: Any, space: Space) -> Pair:
+    if isinstance(b, Pair):
+        return Pair(a.x + b.x, a.d + b.d).rounded(1)
+    if not isinstance(b, int | float | Tensor):
+        raise NotImplementedError("its second argument is no float of the model")
+    other = constant(space, torch.as_tensor(b, dtype=torch.float64))
+    return Pair(a.x + other, a.d + constant(space, torch.zeros_like(other.c))).rounded(1)
+
+
+def _max_pool(p: Pair, op: Callable[[Tensor], Tensor]) -> Pair:
+    """Each output between the largest of the window's ends; windows may drop their symbols."""
+    space = p.x.space
+
+    def boxed(low: Tensor, high: Tensor, norm: float, symbol: str) -> Form:
+        return constant(space, (low + high) / 2).widened((high - low) / 2, symbol=symbol)
+
+    x = boxed(op(p.x.low), op(p.x.high), p.x.norm, "value")
+    d = boxed(-op(-p.d.low), op(p.d.high), p.d.norm, "error")
+    return Pair(x, d, p.grid)

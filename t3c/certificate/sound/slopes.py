@@ -1,0 +1,80 @@
+"""Ranges of activations and of their derivatives over intervals."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EDGE = 1e-7
+"""Added to every range: the points where a function or a slope turns are known to 1e-9."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A scalar function whose derivative turns at known points only.
+
+    Attributes:
+        f: The function.
+        slope: Its derivative.
+        turns: Where the function turns.
+        bends: Where the derivative turns.
+    """
+
+    f: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    turns: tuple[float, ...]
+    bends: tuple[float, ...]
+
+    def values(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Range of the function between two ends."""
+        return _range(self.f, self.turns, low, high)
+
+    def slopes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Range of the derivative between two ends."""
+        return _range(self.slope, self.bends, low, high)
+
+
+def _range(
+    f: Callable[[Tensor], Tensor], points: tuple[float, ...], low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    a, b = f(low), f(high)
+    least, most = torch.minimum(a, b), torch.maximum(a, b)
+    for point in points:
+        value = f(torch.tensor(point, dtype=torch.float64))
+        inside = (low <= point) & (point <= high)
+        least = torch.where(inside, torch.minimum(least, value), least)
+        most = torch.where(inside, torch.maximum(most, value), most)
+    return least - EDGE, most + EDGE
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    found: Tensor = torch.special.ndtr(x) + x * density
+    return found
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s + x * s * (1 - s)
+
+
+CURVES = {
+    "gelu": Curve(
+        lambda x: x * torch.special.ndtr(x),
+        _gelu_slope,
+        (-0.7517915246935645,),
+        (-math.sqrt(2), math.sqrt(2)),
+    ),
+    "silu": Curve(
+        lambda x: x * torch.sigmoid(x),
+        _silu_slope,
+        (-1.2784645427610738,),
+        (-2.399357280520016, 2.399357280520016),
+    ),
+    "tanh": Curve(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2, (), (0.0,)),
+    "sigmoid": Curve(
+        torch.sigmoid, lambda x: torch.sigmoid(x) * (1 - torch.sigmoid(x)), (), (0.0,)
+    ),
+}
