@@ -66,9 +66,9 @@ def largest_norm(form: Form, steps: int = 120) -> float:
     """A bound of the L2 norm over a form with few elements.
 
     For symbols in [-1, 1] and any positive d: ||G eps||^2 <= lambda_max(G D^-1 G^T) sum(d), the
-    dual of a semidefinite program, within sqrt(pi / 2) of the truth at its best d. Symbols of one ball,
-    or weights of one convex sum, share one d. Source: Nesterov, Semidefinite relaxation and
-    nonconvex quadratic optimization (1998).
+    dual of a semidefinite program, within sqrt(pi / 2) of the truth at its best d. Symbols of
+    one ball, or weights of one convex sum, share one d. Source: Nesterov, Semidefinite relaxation
+    and nonconvex quadratic optimization (1998).
     """
     by_element = float(form.peak.norm())
     if form.space.mode != "symbols" or form.c.numel() > 512:
