@@ -42,8 +42,10 @@ def sound_bounds(
 ) -> dict[str, Sound]:
     """An upper bound on ||dz||_2 for each profile and every input in the domain.
 
-    Holds for any program whose sums are within gamma_n of exact ones and which rounds activations
-    as t3c.core.ops says; all outputs of a call count together.
+    Holds for any program that rounds activations as t3c.core.ops says and whose sums of n products
+    are within gamma_(n + 8) of exact ones relative to the sum of magnitudes: direct sums in any
+    order. Winograd and FFT convolutions are not such sums. Underflow is taken to be harmless. All
+    outputs of a call count together.
 
     Args:
         elastic: The model.

@@ -99,7 +99,7 @@ class Domain:
             every = torch.stack(values)
             low, high = every.amin(0), every.amax(0)
             if low.is_floating_point():
-                low, high = low - margin * (high - low), high + margin * (high - low)
+                low, high = _wider(low - margin * (high - low), high + margin * (high - low))
             regions.append(Box(low, high))
         return cls((tuple(regions),), f"box of {len(batches)} inputs, margin {margin:g}")
 
@@ -121,10 +121,16 @@ class Domain:
         def region(x: Tensor) -> Region:
             if not x.is_floating_point():
                 return Box(x, x)
-            return Box(x - radius, x + radius) if norm == "max" else Ball(x, radius)
+            return Box(*_wider(x - radius, x + radius)) if norm == "max" else Ball(x, radius)
 
         cells = tuple(tuple(region(x) for x in batch) for batch in batches)
         return cls(cells, f"{norm} distance {radius:g} from {len(batches)} inputs")
+
+
+def _wider(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends one float further out: those given were rounded."""
+    infinite = torch.full_like(low, float("inf"))
+    return torch.nextafter(low, -infinite), torch.nextafter(high, infinite)
 
 
 def _some(batches: Sequence[tuple[Tensor, ...]]) -> None:

@@ -31,7 +31,6 @@ class Space:
             remainder, no symbols) or ``symbols``, which keeps everything.
         cap: Most symbols of the original and of the difference, each.
         ball: How many of the first symbols lie in a common unit ball.
-        simplex: (groups, size) of the symbols after them that are weights of a convex sum.
         values: Symbols of the original's values so far.
         errors: Symbols of the difference alone so far.
     """
@@ -39,7 +38,6 @@ class Space:
     mode: Mode = "symbols"
     cap: int = 6000
     ball: int = 0
-    simplex: tuple[int, int] = (0, 0)
     values: int = 0
     errors: int = 0
 
@@ -49,17 +47,8 @@ class Space:
         Args:
             g: [symbols, ...].
         """
-        first, second = self.ball, self.ball + self.simplex[0] * self.simplex[1]
-        zero = g.new_zeros(g.shape[1:])
-        low, high = -zero, zero
-        if first and len(g):
-            ball = g[:first].square().sum(0).sqrt()
-            low, high = low - ball, high + ball
-        if second > first and len(g):
-            parts = g[first:second].reshape(*self.simplex, *g.shape[1:])
-            low, high = low + parts.amin(1).sum(0), high + parts.amax(1).sum(0)
-        rest = g[second:].abs().sum(0) if len(g) > second else zero
-        return low - rest, high + rest
+        reach = g[: self.ball].square().sum(0).sqrt() + g[self.ball :].abs().sum(0)
+        return -reach, reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +103,10 @@ class Form:
     def norm(self) -> float:
         """A bound of the L2 norm."""
         whole = float(self.c.norm()) + self.r
-        gens = torch.cat([self.g.flatten(1), self.h.flatten(1)])
-        if self.space.ball:
-            gens_ball = gens[: self.space.ball]
-            whole += float(gens_ball.norm())  # Frobenius, above the operator norm
-            gens = gens[self.space.ball :]
-        whole += float(gens.norm(dim=1).sum())
+        ball, rest = self.g[: self.space.ball], self.g[self.space.ball :]
+        whole += float(ball.norm())  # Frobenius, above the operator norm
+        for gens in (rest, self.h):
+            whole += float(gens.flatten(1).norm(dim=1).sum())
         return min(whole, float(self.peak.norm()))
 
     @property

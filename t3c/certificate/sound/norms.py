@@ -67,32 +67,15 @@ def largest_norm(form: Form, steps: int = 120) -> float:
 
     For symbols in [-1, 1] and any positive d: ||G eps||^2 <= lambda_max(G D^-1 G^T) sum(d), the
     dual of a semidefinite program, within sqrt(pi / 2) of the truth at its best d. Symbols of
-    one ball, or weights of one convex sum, share one d. Source: Nesterov, Semidefinite relaxation
-    and nonconvex quadratic optimization (1998).
+    one ball share one d. Source: Nesterov, Semidefinite relaxation and nonconvex quadratic
+    optimization (1998).
     """
     by_element = float(form.peak.norm())
     if form.space.mode != "symbols" or form.c.numel() > 512:
         return min(by_element, form.norm)
-    space = form.space
-    g = torch.cat([form.g.flatten(1), form.h.flatten(1)])
-    c = form.c.flatten().clone()
-    first, (groups, size) = space.ball, space.simplex
-    second = first + groups * size
-    if groups and len(form.g) >= second:  # deviations from the middle of each group
-        parts = g[first:second].reshape(groups, size, -1)
-        middle = (parts.amax(1) + parts.amin(1)) / 2
-        c = c + middle.sum(0)
-        g = torch.cat([g[:first], (parts - middle[:, None]).flatten(0, 1), g[second:]])
-    else:
-        groups = 0
-    owner = torch.cat(
-        [
-            torch.zeros(min(first, len(g)), dtype=torch.long),
-            1 + torch.arange(groups).repeat_interleave(size),
-            1 + groups + torch.arange(max(0, len(g) - (first + groups * size)) + 1),
-        ]
-    )
-    g = torch.cat([g, c[None]])
+    first = min(form.space.ball, len(form.g))  # a form without values has no ball either
+    g = torch.cat([form.g.flatten(1), form.h.flatten(1), form.c.flatten()[None]])
+    owner = torch.cat([torch.zeros(first, dtype=torch.long), 1 + torch.arange(len(g) - first)])
     kept = g.norm(dim=1) > 0
     g, owner = g[kept], owner[kept]
     rest = min(form.r, float(form.e.norm()))

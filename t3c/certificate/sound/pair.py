@@ -46,9 +46,14 @@ class Pair:
         other = self.changed
         return torch.minimum(self.x.low, other.low), torch.maximum(self.x.high, other.high)
 
-    def rounded(self, ulps: int) -> "Pair":
-        """With the float32 rounding of elementwise operators in both versions."""
-        peak, other = self.x.peak, self.changed.peak
+    def rounded(self, ulps: int, least: Tensor | float = 0.0) -> "Pair":
+        """With the float32 rounding of elementwise operators in both versions.
+
+        Args:
+            ulps: Roundings relative to the result.
+            least: Added to the magnitude of both results, for sums that cancel inside.
+        """
+        peak, other = self.x.peak + least, self.changed.peak + least
         x = self.x.widened(gamma(ulps) * peak)
         return Pair(x, self.d.widened(gamma(ulps) * (peak + other)))
 
@@ -100,7 +105,11 @@ def relu(p: Pair) -> Pair:
 
 
 def curve(p: Pair, f: Curve) -> Pair:
-    """A smooth function by the mean value theorem."""
+    """A smooth function by the mean value theorem.
+
+    Float32 margin: 16 roundings of the result and of 1 + |argument|, for sums such as
+    x (1 + erf(x / sqrt 2)) / 2 lose all relative accuracy where they cancel.
+    """
     low, high = p.x.low, p.x.high
     m, top = f.slopes(low, high)
     middle, half = (low + high) / 2, (high - low) / 2
@@ -114,7 +123,7 @@ def curve(p: Pair, f: Curve) -> Pair:
     d = d.widened(spread * p.d.peak, float(spread.max()) * p.d.norm, symbol="error")
     before, after = f.values(low, high), f.values(p.changed.low, p.changed.high)
     found = Pair(x, d.tightened(after[0] - before[1], after[1] - before[0]))
-    return found.rounded(16)
+    return found.rounded(16, 1 + torch.maximum(a.abs(), b.abs()))
 
 
 def _shifted(f: Form, by: Tensor) -> Form:

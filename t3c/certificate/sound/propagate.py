@@ -91,6 +91,7 @@ def _inputs(elastic: ElasticModel, cell: Cell, space: Space) -> dict[fx.Node, An
         elif region.low.is_floating_point():
             low, high = region.low.double(), region.high.double()
             x = constant(space, (low + high) / 2).widened((high - low) / 2, symbol="value")
+            x = x.widened(1e-15 * torch.maximum(low.abs(), high.abs()))  # float64's own rounding
         else:
             known[node] = (region.low.long(), region.high.long())
             continue
@@ -170,8 +171,7 @@ def _function(node: fx.Node, args: Any, kwargs: dict[str, Any], space: Space) ->
     if target in _VIEWS:
         return _same(p, lambda t: target(t, *args[1:], **kwargs), 1.0, 0)
     if target in _AVERAGES:
-        shape = node.meta["val"].shape
-        terms = math.ceil(p.x.c.numel() / math.prod(shape)) + 2
+        terms = _window(target, args, p.x.c.shape) + 2
         return _same(p, lambda t: target(t, *args[1:], **kwargs), None, terms)
     if target is aten.relu.default:
         return pair.relu(p)
@@ -186,9 +186,22 @@ def _function(node: fx.Node, args: Any, kwargs: dict[str, Any], space: Space) ->
         return _added(p, args[1], space)
     if target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(args[1], int | float | Tensor):
         factor = torch.as_tensor(args[1], dtype=torch.float64)
+        if (factor * p.x.c).shape != p.x.c.shape:
+            raise NotImplementedError("a constant factor larger than its value")
         by = factor if target is aten.mul.Tensor else 1 / factor
         return Pair(p.x.scaled(by), p.d.scaled(by)).rounded(3)
     raise NotImplementedError("unknown operator")
+
+
+def _window(target: Any, args: Any, shape: torch.Size) -> int:
+    """Most terms that one average adds."""
+    if target is aten.mean.dim:
+        axes = range(len(shape)) if not args[1] else args[1]
+        return math.prod(shape[a] for a in axes)
+    sizes = [args[1]] * 2 if isinstance(args[1], int) else list(args[1]) * (3 - len(args[1]))
+    if target is aten.avg_pool2d.default:
+        return math.prod(sizes)
+    return math.prod(math.ceil(n / out) + 1 for n, out in zip(shape[-2:], sizes, strict=True))
 
 
 def _same(p: Pair, op: Callable[[Tensor], Tensor], norm: float | None, roundings: int) -> Pair:

@@ -3,7 +3,11 @@ import torch
 from torch import Tensor, nn
 
 from t3c.certificate.sound import Ball, Box, Domain, certify, sound_bounds
-from t3c.certificate.sound.norms import conv_norm, matrix_norm
+from t3c.certificate.sound.form import Form, Space, constant
+from t3c.certificate.sound.norms import conv_norm, largest_norm, matrix_norm
+from t3c.certificate.sound.pair import Pair, curve, gamma
+from t3c.certificate.sound.propagate import _window
+from t3c.certificate.sound.slopes import CURVES
 from t3c.core.fields import Fields
 from t3c.core.formats import Dense, Format, LowRank, Tucker2
 from t3c.core.manifest import _sound_from_json, _sound_to_json
@@ -89,7 +93,7 @@ def test_no_attack_exceeds_the_bound(name: str, mode: str) -> None:
     ):
         found = sound_bounds(model, chain(formats), domain, mode=mode)  # type: ignore[arg-type]
         for i, chosen in enumerate(formats):
-            assert attack(model, chosen, domain.cells[0][0]) <= found[f"p{i}"].raw  # type: ignore[arg-type]
+            assert attack(model, chosen, domain.cells[0][0]) <= found[f"p{i}"].raw
         values = [s.value for s in found.values()]
         assert values == sorted(values, reverse=True)
 
@@ -125,6 +129,68 @@ def test_norm_bounds_are_above_the_norms_of_explicit_matrices() -> None:
     m = torch.randn(5, 9)
     exact = float(torch.linalg.matrix_norm(m.double(), 2))
     assert exact <= matrix_norm(m) <= exact * 1.0001
+
+
+def test_symbols_of_the_difference_are_in_no_ball() -> None:
+    space = Space(ball=2, values=2)
+    zero = torch.zeros(2, dtype=torch.float64)
+    none, ones = zero.new_zeros(0, 2), torch.ones(2, 2, dtype=torch.float64)
+    form = Form(space, zero, none, ones, zero, 0.0)
+    assert form.norm >= 8**0.5 * (1 - 1e-9)
+    assert largest_norm(form) >= 8**0.5 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(CURVES))
+def test_smooth_margins_cover_float32_where_it_cancels(name: str) -> None:
+    x = torch.linspace(-9, 9, 4001)
+    space = Space("interval")
+    zero = constant(space, torch.zeros(4001))
+    made = curve(Pair(constant(space, x), zero), CURVES[name]).x
+    float32 = {
+        "gelu": nn.functional.gelu,
+        "silu": nn.functional.silu,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+    }
+    y = float32[name](x).double()
+    assert bool(((made.low <= y) & (y <= made.high)).all())
+    exact = CURVES[name].f(x.double())
+    assert bool(((y - exact).abs() <= gamma(16) * (1 + x.double().abs())).all())
+
+
+def test_the_window_of_an_average_counts_all_its_terms() -> None:
+    aten = torch.ops.aten
+    shape = torch.Size((1, 2, 7, 7))
+    assert _window(aten.avg_pool2d.default, (None, [3], 1), shape) == 9
+    assert _window(aten.mean.dim, (None, [2, 3]), shape) == 49
+    assert _window(aten.adaptive_avg_pool2d.default, (None, [4, 4]), shape) >= 9
+
+
+def test_a_factor_that_broadcasts_its_value_has_no_rule() -> None:
+    class Grown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(3, 3)
+            self.register_buffer("by", torch.ones(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.l(x) * self.by
+            return y
+
+    x = torch.ones(1, 3)
+    found = sound_bounds(
+        elasticize(Grown().eval(), (x,)), chain([{"l": Dense(8)}]), Domain.box(-x, x)
+    )["p0"]
+    assert found.status == "unavailable"
+    assert "larger than its value" in found.reason
+
+
+def test_boxes_around_data_reach_beyond_rounded_ends() -> None:
+    x = torch.full((1, 2), 1.0)
+    box = Domain.around([(x,)], 1e-8).cells[0][0]
+    assert isinstance(box, Box)
+    assert bool((box.low.double() <= x.double() - 1e-8).all())
+    assert bool((box.high.double() >= x.double() + 1e-8).all())
 
 
 def test_domains_refuse_what_they_cannot_state() -> None:
