@@ -1,0 +1,239 @@
+"""What MiniLM's certificates are worth: proxies against drift, conformal bounds against new data.
+
+    python -m benchmarks.certificates [--texts 64] [--scores 1200]
+
+Proxies: Pearson correlation with the mean observed drift ||dz||_2 over all plans, with the interval
+of Fisher's z; drift is seen on docstrings that nothing else used. Bounds: drifts of the compiled
+library on `--scores` texts, split at random many times into a half that gives the bound and one
+that tests it. Shifted: bounds from the standard library's docstrings, tested on other packages'.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+CALIBRATION = 48
+UNIFORM = 8
+MIXED = 12
+SPLITS = 400
+LEVELS = (0.9, 0.95, 0.99)
+OTHERS = ("numpy", "torch", "networkx", "transformers", "matplotlib", "onnx", "rich")
+"""Packages whose docstrings stand for another domain."""
+
+
+def main() -> None:
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--texts", type=int, default=64, help="held out, for the proxies' drift")
+    parser.add_argument("--scores", type=int, default=1200, help="held out, for the bounds")
+    parser.add_argument("--seconds", type=float, default=90.0, help="for Jacobian norms")
+    parser.add_argument("--out", type=Path, default=HERE / "certificates.json")
+    options = parser.parse_args()
+    sys.path.insert(0, str(HERE.parent))
+    run(options.texts, options.scores, options.seconds, options.out)
+
+
+def run(count: int, scores: int, seconds: float, out: Path) -> None:
+    """Lower MiniLM, estimate and observe, bound and test."""
+    import torch
+
+    import t3c
+    from benchmarks.machine import describe
+    from examples import demo_minilm, docstrings, models
+    from t3c.controller.plan import plan
+    from t3c.targets import detect_host
+
+    torch.set_num_threads(1)
+    model, _ = models.minilm()
+    tokens = demo_minilm._tokenizer()
+    texts = [text for pair in docstrings.halves() for text in pair]
+    chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    calls = [tokens(texts[i]) for i in chosen[: CALIBRATION + count + scores]]
+    calibration = calls[:CALIBRATION]
+    held, rest = calls[CALIBRATION : CALIBRATION + count], calls[CALIBRATION + count :]
+    elastic = t3c.elasticize(model, calibration[0])
+    flat = [elastic.captured.flatten(call, {}) for call in calibration]
+    found = plan(elastic, flat, detect_host(), profiles=16, seconds=60.0)
+    unseen = [elastic.captured.flatten(call, {}) for call in held]
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.certificates",
+        "model": "all-MiniLM-L6-v2, 128 tokens, all outputs",
+        "machine": describe(),
+        "proxies": proxies(elastic, found, flat, unseen, seconds),
+    }
+    show(result["proxies"])
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = t3c.lower(
+            model,
+            "x86",
+            calibration[0],
+            Path(folder) / "net",
+            calibration=calibration,
+            calls=0,
+            say=lambda line: None,
+        )
+        session = t3c.load(artifact)
+        result["bounds"] = bounds(session, model, rest, [tokens(t) for t in other_texts(400)])
+    for row in result["bounds"]["profiles"]:
+        print(json.dumps(row))
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def proxies(
+    elastic: Any, found: Any, flat: Sequence[Any], unseen: Sequence[Any], seconds: float
+) -> dict[str, Any]:
+    """Every proxy against mean observed drift, over chain, uniform and mixed plans."""
+    import torch
+
+    from t3c.certificate.observed import observed
+    from t3c.certificate.proxy import Meter
+    from t3c.core.formats import Dense
+
+    damage = {s: {f: e.damage for f, e in row.items()} for s, row in found.table.entries.items()}
+    menu = {site: list(row) for site, row in damage.items()}
+    plans = {f"chain {p.name}": dict(p.formats) for p in found.chain}
+    depth = max(len(row) for row in menu.values())
+    for i in range(UNIFORM):
+        share = i / (UNIFORM - 1)
+        plans[f"uniform {i}"] = {s: r[round(share * (len(r) - 1))] for s, r in menu.items()}
+    draw = torch.Generator().manual_seed(1)
+    for i in range(MIXED):
+        keep = 1 - (i + 1) / (MIXED + 1)  # share of layers left dense
+        plans[f"mixed {i}"] = {
+            s: Dense(8) if float(torch.rand(1, generator=draw)) < keep or len(r) < 2
+            else r[1 + int(torch.randint(len(r) - 1, (1,), generator=draw))]
+            for s, r in menu.items()
+        }  # fmt: skip
+    start = time.monotonic()
+    meter = Meter(elastic, flat[:3], seconds=seconds, damage=damage)
+    gains_s = time.monotonic() - start
+    rows, per_plan = [], []
+    for name, formats in plans.items():
+        start = time.monotonic()
+        against = meter.against(formats)
+        per_plan.append(time.monotonic() - start)
+        drift = observed(elastic, formats, unseen)
+        totals = {variant: total for variant, (total, _) in against.totals.items()}
+        rows.append({"plan": name, "observed": drift.mean, "p95": drift.p95, **totals})
+    variants = [k for k in rows[0] if k not in ("plan", "observed", "p95")]
+    seen = [row["observed"] for row in rows]
+    return {
+        "plans": len(rows),
+        "menu_depth": depth,
+        "held_out_texts": len(unseen),
+        "gains_seconds": gains_s,
+        "sites_measured": len(meter.gains.measured),
+        "seconds_per_plan": sorted(per_plan)[len(per_plan) // 2],
+        "variants": {v: agreement([row[v] for row in rows], seen) for v in variants},
+        "rows": rows,
+    }
+
+
+def agreement(estimate: Sequence[float], seen: Sequence[float]) -> dict[str, Any]:
+    """Pearson with its 95 % interval, of the values and of their logarithms; ratios."""
+    import numpy as np
+
+    x, y = np.array(estimate), np.array(seen)
+    ratios = x / y
+    r = float(np.corrcoef(x, y)[0, 1])
+    z, half = math.atanh(r), 1.96 / math.sqrt(len(x) - 3)
+    return {
+        "pearson": r,
+        "interval": [math.tanh(z - half), math.tanh(z + half)],
+        "pearson_log": float(np.corrcoef(np.log(x), np.log(y))[0, 1]),
+        "covers": float((ratios >= 1).mean()),
+        "median_ratio": float(np.median(ratios)),
+    }
+
+
+def bounds(session: Any, model: Any, calls: Sequence[Any], others: Sequence[Any]) -> dict[str, Any]:
+    """Coverage of split-conformal bounds, on the same domain and on another."""
+    import numpy as np
+
+    from t3c.certificate.calibrated import conformal_bound
+    from t3c.certificate.library import library_scores
+
+    scores, _ = library_scores(session, model, calls)
+    shifted, _ = library_scores(session, model, others)
+    random = np.random.default_rng(0)
+    half = len(calls) // 2
+    rows = []
+    for name, drift in scores.items():
+        cover: dict[float, list[float]] = {level: [] for level in LEVELS}
+        ratios = []
+        for _ in range(SPLITS):
+            order = random.permutation(len(drift))
+            fit, test = drift[order[:half]], drift[order[half:]]
+            for level in LEVELS:
+                bound = conformal_bound(fit, level)
+                cover[level].append(float((test <= bound).mean()))
+                if level == LEVELS[0]:
+                    ratios.append(bound / float(np.median(test)))
+        rows.append(
+            {
+                "profile": name,
+                "coverage": {str(v): float(np.mean(cover[v])) for v in LEVELS},
+                "inside_binomial": {str(v): _inside(cover[v], v, half) for v in LEVELS},
+                "median_bound_over_observed": float(np.median(ratios)),
+                "shifted_coverage": {
+                    str(v): float((shifted[name] <= conformal_bound(drift, v)).mean())
+                    for v in LEVELS
+                },
+            }
+        )
+    return {
+        "texts": len(calls),
+        "shifted_texts": len(others),
+        "shifted_to": list(OTHERS),
+        "splits": SPLITS,
+        "profiles": rows,
+    }
+
+
+def _inside(shares: Sequence[float], level: float, count: int) -> float:
+    """Share of splits whose coverage lies in the 95 % interval of both samples' chance.
+
+    The bound is random, too: coverage of one split is beta-binomial; its variance is
+    level (1 - level) (1 / tested + 1 / fitted).
+    """
+    deviation = math.sqrt(level * (1 - level) * 2 / count)
+    return sum(abs(s - level) <= 1.96 * deviation + 1 / count for s in shares) / len(shares)
+
+
+def other_texts(limit: int) -> list[str]:
+    """Docstrings of other packages."""
+    import importlib
+    import inspect
+
+    found: dict[str, None] = {}
+    for name in OTHERS:
+        module = importlib.import_module(name)
+        for attribute in sorted(vars(module)):
+            doc = inspect.getdoc(vars(module)[attribute])
+            if isinstance(doc, str) and len(doc.split()) >= 24:
+                found.setdefault(" ".join(doc.split()[:200]))
+    texts = list(found)
+    return [texts[i * len(texts) // limit] for i in range(min(limit, len(texts)))]
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """A line for every variant."""
+    print(f"{found['plans']} plans, {found['held_out_texts']} held-out texts")
+    for name, row in found["variants"].items():
+        low, high = row["interval"]
+        print(
+            f"{name:18} Pearson {row['pearson']:.3f} [{low:.3f}, {high:.3f}]  "
+            f"log {row['pearson_log']:.3f}  covers {row['covers']:.2f}  "
+            f"median ratio {row['median_ratio']:.3g}"
+        )
+
+
+if __name__ == "__main__":
+    main()
