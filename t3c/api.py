@@ -24,6 +24,8 @@ from t3c.certificate import observed
 from t3c.certificate.calibrated import LEVELS, calibrate
 from t3c.certificate.library import library_scores
 from t3c.certificate.proxy import Meter, proxies, with_proxies
+from t3c.certificate.sound import Domain
+from t3c.certificate.sound import certify as sound_certify
 from t3c.codegen.build import Built, build
 from t3c.codegen.families import tuned_schedules
 from t3c.codegen.kernels.schedule import Schedule
@@ -145,6 +147,7 @@ def lower(
     checks: str | os.PathLike[str] | None = None,
     calls: int = 100,
     threads: int | None = None,
+    domain: Domain | None = None,
     tune_minutes: float = 0.0,
     tune_folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -175,6 +178,7 @@ def lower(
         calls: Most timed calls per profile where this machine can run the library, fewer where
             they take long; 0: none, and the profiles keep their predicted times.
         threads: Threads of the timed calls; None: see `load`.
+        domain: Inputs for which drift is bounded by proof (`t3c.certificate.sound`); None: not.
         tune_minutes: Time for measuring how the kernels of this network are best cut into loops; 0:
             none, the package's records for this machine hold, and else the families' rules.
         tune_folder: Where the search keeps what it found, and goes on when it is called again; with
@@ -258,6 +262,9 @@ def lower(
         if session is not None and calls:
             manifest = bench.timed(manifest, session)
         manifest = _certified(manifest, elastic, chosen, fitted, held, progress)
+        if domain is not None:
+            proven = sound_certify(elastic, manifest.chain, domain)
+            manifest = _with_certificates(manifest, {p.name: p.certificate for p in proven})
         manifest = replace(manifest, gate=chosen.gate, assumptions=tuple(notes.lines))
         library = Path(scratch) / "model.so"
         built.save(library)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import t3c
 from t3c import api, proof, targets
+from t3c.certificate.sound import Domain
 from t3c.codegen.build import Built, build
 from t3c.core.artifact import Artifact
 from t3c.core.errors import CertificateError
@@ -291,6 +292,13 @@ def small(**options: Any) -> Artifact:
         "say": lambda line: None,
     }
     return t3c.lower(**(defaults | options))
+
+
+def test_a_domain_puts_a_proven_bound_of_every_profile_into_the_manifest(tmp_path: Path) -> None:
+    ends = torch.full((2, 64), 0.1)
+    artifact = small(out=tmp_path / "net", domain=Domain.box(-ends, ends))
+    found = [p.profile.certificate.sound for p in artifact.manifest.profiles]
+    assert all(s is not None and s.status != "unavailable" and 0 < s.value < 100 for s in found)
 
 
 def test_an_unknown_target_lists_the_known(tmp_path: Path) -> None:

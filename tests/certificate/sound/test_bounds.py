@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,7 +148,7 @@ def test_smooth_margins_cover_float32_where_it_cancels(name: str) -> None:
     space = Space("interval")
     zero = constant(space, torch.zeros(4001))
     made = curve(Pair(constant(space, x), zero), CURVES[name]).x
-    float32 = {
+    float32: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu": nn.functional.gelu,
         "silu": nn.functional.silu,
         "tanh": torch.tanh,
