@@ -21,7 +21,7 @@ from t3c.codegen.kernels.schedule import Schedule
 from t3c.codegen.rules import schedule_module
 from t3c.codegen.tvm_api import relax, tvm
 from t3c.codegen.weights import WeightStore
-from t3c.core.codes import SiteCodes
+from t3c.core.codes import Correction, SiteCodes
 from t3c.core.errors import LoweringError
 from t3c.core.formats import Format
 from t3c.core.probe import Probe, Tap, Trace
@@ -96,6 +96,7 @@ def build(
     spec: TargetSpec,
     progress: Progress | None = None,
     tuned: Mapping[str, Schedule] | None = None,
+    corrections: Mapping[str, Mapping[str, Correction]] | None = None,
 ) -> Built:
     """Compile every profile of a chain into one library.
 
@@ -107,6 +108,7 @@ def build(
         spec: The target.
         progress: Called with (what, done, total).
         tuned: Key of an operator -> schedule (`families_of`).
+        corrections: Profile name -> site name -> scale and bias of its own; None: all share them.
 
     Raises:
         LoweringError: An operator, a format or a kernel does not fit the target.
@@ -117,7 +119,8 @@ def build(
     target = tvm_target(spec)
     skeleton = import_program(program, spec)
     say("schedule float operators", 1, steps)
-    store = WeightStore(sites, codes, families_of(spec, tuned))
+    known = {} if corrections is None else corrections
+    store = WeightStore(sites, codes, families_of(spec, tuned), known)
     generic = spec.linear == "generic"  # sites are float operators too: schedule them afterwards
     if not generic:
         skeleton.module = _lower_floats(skeleton.module, spec, target)
@@ -125,9 +128,9 @@ def build(
     weights: dict[str, tuple[str, ...]] = {}
     for i, (name, formats) in enumerate(profiles.items()):
         say(f"profile {name}", 2 + i, steps)
-        weights[name] = writer.add(f"profile_{name}", formats)
+        weights[name] = writer.add(f"profile_{name}", formats, profile=name)
         if spec.kind == "llvm":
-            writer.add(f"probe_{name}", formats, probe=True)
+            writer.add(f"probe_{name}", formats, profile=name, probe=True)
     say("generate machine code", 2 + len(profiles), steps)
     try:
         # LLVM finds common subexpressions itself; TVM's pass took 70 % of the compile time.

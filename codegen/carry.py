@@ -105,7 +105,7 @@ class Carrier:
             fields: The skeleton's variables of x and, if the epilogue adds one, the residual.
         """
         store = self.body.owner.store
-        names = store.names(site.name, fmt)
+        names = self.body.names(site, fmt)
         codes = store.codes[site.name]
         steps = conv_steps(site, codes, fmt)
         target = self.plan.targets.get(var)

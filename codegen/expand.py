@@ -27,7 +27,7 @@ from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import relax, substitute
 from t3c.codegen.weights import DepthwiseStep, WeightStore, conv_steps, rank_max
 from t3c.core.formats import Format, LowRank
-from t3c.core.sites import ConvSite, LinearSite
+from t3c.core.sites import ConvSite, LinearSite, Site
 
 KernelOf = tuple[str, str | None]
 """A kernel call: name of the kernel, and the site that it belongs to, if any."""
@@ -58,13 +58,19 @@ class ProfileBuilder:
         return module
 
     def add(
-        self, name: str, formats: Mapping[str, Format], *, probe: bool = False
+        self,
+        name: str,
+        formats: Mapping[str, Format],
+        *,
+        profile: str = "",
+        probe: bool = False,
     ) -> tuple[str, ...]:
         """Add the function of one profile.
 
         Args:
             name: Name of the function.
             formats: Site name -> format.
+            profile: Whose corrections hold; empty: nobody's.
             probe: Return, behind the outputs, also the input of every site call in graph order, so
                 that each stretch between two roundings can be compared with a reference alone.
 
@@ -77,7 +83,7 @@ class ProfileBuilder:
         shared = [p for p in params if any(p.same_as(v) for v in used)]
         names = [self.store.parameter(*params[p]) for p in shared]
         sites = dict.fromkeys(call.site for call in self.skeleton.site_calls())
-        names += [n for site in sites for n in self.store.names(site, formats[site])]
+        names += [n for site in sites for n in self.store.names(site, formats[site], profile)]
         for place, grid in ranges_of(self.flow, self.store, sites, formats).items():
             names.append(self.store.parameter(range_name(place), grid.array()))
         inputs = [relax.Var(p.name, p.ty) for p in main.params[: self.skeleton.inputs]]
@@ -89,6 +95,7 @@ class ProfileBuilder:
             with self.builder.dataflow():
                 body = self.body(names, weights, formats)
                 body.probe = probe
+                body.profile = profile
                 for old, new in zip(main.params, inputs, strict=False):
                     body.bind(old, new)
                 for param in shared:
@@ -141,6 +148,7 @@ class Body:
         self.quantized: dict[tuple[Any, str], tuple[Any, ...]] = {}
         self.taps: list[Any] = []
         self.probe = False
+        self.profile = ""
         self.site: str | None = None
         self.calls: list[KernelOf] = []
         self.carrier = Carrier(self, owner.flow)
@@ -159,6 +167,10 @@ class Body:
             item = relax.TupleGetItem(self.weights, self.index[name])
             self.loaded[name] = self.builder.emit(item)
         return self.loaded[name]
+
+    def names(self, site: Site, fmt: Format) -> tuple[str, ...]:
+        """Tensors that a format of a site reads in this profile."""
+        return self.owner.store.names(site.name, fmt, self.profile)
 
     def translate(self, binding: Any) -> None:
         """Copy one binding, or replace it if it is an opaque call."""
@@ -257,7 +269,7 @@ class Body:
         family = self.owner.store.families.linear
         m = prod(what.out_shape[:-1])
         codes = self.quantize(args[0], family.quantize(m, site.k), (m, site.k))
-        weights = [self.weight(n) for n in self.owner.store.names(site.name, fmt)]
+        weights = [self.weight(n) for n in self.names(site, fmt)]
         extra = [self.reshape(a, (m, site.n)) for a in args[1:]]
         product = self.owner.store.families.grouped() if fmt.bits == 4 else family
         if isinstance(fmt, LowRank):
@@ -272,7 +284,7 @@ class Body:
         """One call of an elastic convolution: x and, if the epilogue adds one, the residual."""
         store = self.owner.store
         family = store.families.conv
-        names = store.names(site.name, fmt)
+        names = self.names(site, fmt)
         y = args[0]
         for step in conv_steps(called(site, y, what), store.codes[site.name], fmt):
             shape = (step.shape.batch, step.shape.in_channels, *step.shape.in_size)

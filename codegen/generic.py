@@ -110,9 +110,8 @@ class _GenericBody(Body):
     def linear(self, site: LinearSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
         """See `Body.linear`."""
         rows = prod(what.out_shape[:-1])
-        store = self.owner.store
         steps = epilogue_steps(what.epilogue)
-        weights = [self.weight(n) for n in store.names(site.name, fmt)]
+        weights = [self.weight(n) for n in self.names(site, fmt)]
         x, shape = args[0], (rows, site.k)
         extra = [self.reshape(a, (rows, site.n)) for a in args[1:]]
         if isinstance(fmt, LowRank):
@@ -129,7 +128,7 @@ class _GenericBody(Body):
     def conv(self, site: ConvSite, fmt: Format, what: SiteCall, args: list[Any]) -> Any:
         """See `Body.conv`."""
         store = self.owner.store
-        names = store.names(site.name, fmt)
+        names = self.names(site, fmt)
         y = args[0]
         for step in conv_steps(called(site, y, what), store.codes[site.name], fmt):
             weights = [self.weight(n) for n in names if n.startswith(f"{site.name}:{step.part}.")]

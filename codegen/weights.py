@@ -15,7 +15,7 @@ from t3c.codegen.kernels.family import (
     ConvShape,
     Packed,
 )
-from t3c.core.codes import F32, Matrix, SiteCodes
+from t3c.core.codes import F32, Correction, Matrix, SiteCodes
 from t3c.core.errors import LoweringError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.sites import ConvSite, LinearSite, Site
@@ -235,14 +235,16 @@ class WeightStore:
         sites: Site name -> site.
         codes: Site name -> integer weights at the largest ranks in use.
         families: Kernels, which know their packing.
+        corrections: Profile name -> site name -> what the profile changes of its outputs.
         tensors: Tensor name -> array, in the order of first use.
     """
 
     sites: Mapping[str, Site]
     codes: Mapping[str, SiteCodes]
     families: Families
+    corrections: Mapping[str, Mapping[str, Correction]] = field(default_factory=dict)
     tensors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    _parts: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    _parts: dict[tuple[str, str], Packed] = field(default_factory=dict)
     _counted: dict[tuple[str, Format], int] = field(default_factory=dict)
 
     def parameter(self, name: str, value: NDArray[np.generic]) -> str:
@@ -257,18 +259,50 @@ class WeightStore:
             name, np.pad(flat, (0, -flat.size % _LINE)) if flat.size % _LINE else value
         )
 
-    def names(self, site: str, fmt: Format) -> tuple[str, ...]:
-        """Tensors that `fmt` of `site` reads, in the order in which its kernels take them."""
-        return tuple(
-            name for part, pack in self._packers(site, fmt) for name in self._part(site, part, pack)
-        )
+    def names(self, site: str, fmt: Format, profile: str = "") -> tuple[str, ...]:
+        """Tensors that `fmt` of `site` reads, in the order in which its kernels take them.
 
-    def _part(self, site: str, part: str, pack: Callable[[], Packed]) -> tuple[str, ...]:
+        Where `profile` corrects the site, scale and bias of the last factor are its own; the codes
+        are everyone's.
+        """
+        packers = self._packers(site, fmt)
+        read = {
+            f"{site}:{part}.{name}": value
+            for part, pack in packers
+            for name, value in self._part(site, part, pack).items()
+        }
+        correction = self.corrections.get(profile, {}).get(site)
+        if correction is not None:
+            part = packers[-1][0]
+            own = self._corrected(site, fmt, profile, correction)
+            read = {
+                (f"{k}@{profile}" if (name := k.removeprefix(f"{site}:{part}.")) in own else k): (
+                    own.get(name, v)
+                )
+                for k, v in read.items()
+            }
+        for name, value in read.items():
+            self.tensors.setdefault(name, value)
+        return tuple(read)
+
+    def _part(self, site: str, part: str, pack: Callable[[], Packed]) -> Packed:
         key = (site, part)
         if key not in self._parts:
-            packed = {f"{site}:{part}.{name}": value for name, value in pack().items()}
-            self.tensors.update(packed)
-            self._parts[key] = tuple(packed)
+            self._parts[key] = pack()
+        return self._parts[key]
+
+    def _corrected(self, name: str, fmt: Format, profile: str, correction: Correction) -> Packed:
+        """Scale and bias of the last step of a convolution, packed for one profile."""
+        key = (name, f"@{profile}")
+        if key not in self._parts:
+            site = self.sites[name]
+            if not isinstance(site, ConvSite):
+                raise LoweringError(f"site {name!r} is linear; only convolutions are corrected")
+            last = conv_steps(site, self.codes[name], fmt)[-1]
+            assert isinstance(last, ConvStep)
+            step = replace(last, codes=correction.scaled(last.codes), bias=correction.bias)
+            packed = _pack(step, self.families.conv, exact=False)
+            self._parts[key] = {part: packed[part] for part in ("scale", "bias")}
         return self._parts[key]
 
     def _packers(

@@ -20,6 +20,8 @@ from t3c.passes.nodes import (
     shape_of,
 )
 
+NORMALIZED = "normalized"
+"""Mark, in a node's meta, of a layer that a batch norm was folded into."""
 _CONVS = (
     aten.conv1d.default,
     aten.conv2d.default,
@@ -115,7 +117,7 @@ def _fold(gm: fx.GraphModule, layer: fx.Node, scale: Tensor, shift: Tensor) -> f
     args: list[Any] = list(layer.args)
     args[1:3] = [weight, bias]
     new = emit(gm.graph, layer.target, *args, **layer.kwargs)  # type: ignore[arg-type]
-    new.meta = {**layer.meta, **new.meta}
+    new.meta = {**layer.meta, **new.meta, NORMALIZED: True}
     return new
 
 

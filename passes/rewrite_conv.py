@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from t3c.core.sites import ConvSite
 from t3c.passes.base import AbstractPass, Log
+from t3c.passes.fold_batch_norm import NORMALIZED
 from t3c.passes.nodes import (
     argument,
     aten,
@@ -131,6 +132,7 @@ class RewriteConv(AbstractPass):
             in_size=(h, wd),
             out_size=_pair(shape_of(first)[-2:] if w is weight else (1, shape_of(first)[-1])),
             bias=bias is not None,
+            normalized=all(NORMALIZED in u.meta for u in ours),
         )
         target = install(gm, site.name, self.make(site, w, bias))
         for user, own in zip(ours, windows, strict=True):

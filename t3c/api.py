@@ -409,7 +409,8 @@ def _build(
     tuned: Mapping[str, Schedule],
 ) -> Built:
     """Compile every profile of the chain."""
-    return build(*_parts(elastic, chosen), spec, progress, tuned)
+    corrections = {p.name: elastic.corrections(p.formats) for p in chosen.chain}
+    return build(*_parts(elastic, chosen), spec, progress, tuned, corrections)
 
 
 def _parts(

@@ -126,6 +126,34 @@ class SiteCodes:
     grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Correction:
+    """What one choice of formats changes of a site's outputs: gain * y + shift, by channel.
+
+    Attributes:
+        gain: [out] float32; the kernels multiply it into the scales of the last factor.
+        bias: [out] float32, in place of the site's own: gain * bias + shift.
+    """
+
+    gain: F32
+    bias: F32
+
+    def __post_init__(self) -> None:
+        """Refuse other dtypes, shapes that differ, and values that are not finite."""
+        if self.gain.dtype != np.float32 or self.bias.dtype != np.float32:
+            raise TypeError(f"need float32, got {self.gain.dtype} and {self.bias.dtype}")
+        if self.gain.ndim != 1 or self.gain.shape != self.bias.shape:
+            raise ValueError(
+                f"need one gain and bias a channel, got {self.gain.shape} and {self.bias.shape}"
+            )
+        if not (np.isfinite(self.gain).all() and np.isfinite(self.bias).all()):
+            raise ValueError("gain or bias is not finite; check the calibration data")
+
+    def scaled(self, last: Matrix) -> Matrix:
+        """The last factor with the gain in its scales."""
+        return Matrix(last.q, last.scale * self.gain)
+
+
 def quantize_weight(w: NDArray[np.floating]) -> Matrix:
     """Symmetric int8 per output row, to the nearest code: scale = max|w| / 127, of a zero row 1.
 

@@ -59,6 +59,7 @@ class ConvSite:
         in_size: (height, width) of the input.
         out_size: (height, width) of the output.
         bias: Whether a bias is added.
+        normalized: Whether a batch norm was folded into it.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ConvSite:
     in_size: tuple[int, int]
     out_size: tuple[int, int]
     bias: bool
+    normalized: bool = False
 
     @property
     def full_rank(self) -> int:

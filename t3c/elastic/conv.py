@@ -93,6 +93,17 @@ class ElasticConv(ElasticLayer):
         }
 
     def _smooth(self, x: Tensor, fmt: Format | None) -> Tensor:
+        y = self._plain(x, fmt)
+        if self.correction is None:
+            return y
+        gain = torch.from_numpy(self.correction.gain).to(x.device)[:, None, None]
+        shift = torch.from_numpy(self.correction.bias).to(x.device)
+        if self.bias is not None:
+            shift = shift - gain[:, 0, 0] * self.bias
+        return y * gain + shift[:, None, None]
+
+    def _plain(self, x: Tensor, fmt: Format | None) -> Tensor:
+        """In float, before any correction."""
         s = self.site
         match fmt:
             case LowRank():
@@ -160,6 +171,13 @@ class ElasticConv(ElasticLayer):
         s = self.site
         x = x.detach()
         bias = None if self.bias is None else self.bias.detach()
+        gain: Tensor | None = None
+        if self.correction is not None:
+            gain = torch.from_numpy(self.correction.gain).to(x.device)
+            bias = torch.from_numpy(self.correction.bias).to(x.device)
+
+        def last(codes: fake_quant.Codes) -> fake_quant.Codes:
+            return codes if gain is None else (codes[0], codes[1] * gain)
 
         def cut(name: str, rows: int | None, cols: int | None) -> fake_quant.Codes:
             q, scale = self.codes_of(name, fmt.bits)
@@ -170,21 +188,22 @@ class ElasticConv(ElasticLayer):
         window = (s.stride, s.padding, s.dilation)
         match fmt:
             case Dense():
-                whole = self.codes_of("weight", fmt.bits)
+                whole = last(self.codes_of("weight", fmt.bits))
                 return fake_quant.conv2d(x, whole, bias, *window, grid=grid)
             case LowRank():
                 y = fake_quant.conv2d(x, cut("low", fmt.rank, None), None, *window, grid=grid)
-                return fake_quant.conv2d(y, cut("high", None, fmt.rank), bias, grid=after("low"))
+                high = last(cut("high", None, fmt.rank))
+                return fake_quant.conv2d(y, high, bias, grid=after("low"))
             case Tucker2():
                 y = fake_quant.conv2d(x, cut("reduce", fmt.rank_in, None), grid=grid)
                 core = cut("core", fmt.rank_out, fmt.rank_in)
                 y = fake_quant.conv2d(y, core, None, *window, grid=after("reduce"))
-                last = cut("expand", None, fmt.rank_out)
-                return fake_quant.conv2d(y, last, bias, grid=after("core"))
+                expand = last(cut("expand", None, fmt.rank_out))
+                return fake_quant.conv2d(y, expand, bias, grid=after("core"))
             case CP():
                 y = fake_quant.conv2d(x, cut("cp_in", fmt.rank, None), grid=grid)
                 y = self._separable(y, fmt.rank).detach()
-                return fake_quant.conv2d(y, cut("cp_out", None, fmt.rank), bias)
+                return fake_quant.conv2d(y, last(cut("cp_out", None, fmt.rank)), bias)
 
 
 def _pointwise(w: Tensor) -> Tensor:

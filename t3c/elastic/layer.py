@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t3c.core.codes import Grouped, Matrix, SiteCodes
+from t3c.core.codes import Correction, Grouped, Matrix, SiteCodes
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.grid import Grid
@@ -41,6 +41,7 @@ class ElasticLayer(nn.Module, ABC):
         grids: Fixed grids of activations: of the input (`INPUT`) and of the outputs of inner
             steps, by factor. Where there is none, activations get their scale from each call.
         thin: Name of the factorizer that makes low ranks.
+        correction: Gain and bias of the outputs in the choice of formats in force, or None.
     """
 
     def __init__(self, site: Site, weight: Tensor, bias: Tensor | None) -> None:
@@ -51,6 +52,7 @@ class ElasticLayer(nn.Module, ABC):
         self.exact = True
         self.thin = DEFAULT
         self.grids: dict[str, Grid] = {}
+        self.correction: Correction | None = None
         self.weight = nn.Parameter(weight.detach())
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         for names in _NAMES.values():

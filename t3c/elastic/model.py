@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
-from t3c.core.codes import SiteCodes
+from t3c.core.codes import Correction, SiteCodes
 from t3c.core.formats import Format
 from t3c.core.grid import Grid
 from t3c.core.report import ConversionReport
-from t3c.core.sites import Site
+from t3c.core.sites import ConvSite, Site
 from t3c.elastic.layer import INPUT, ElasticLayer
 from t3c.elastic.snap import Snap
 from t3c.elastic.table import Table
@@ -80,6 +80,7 @@ class ElasticModel:
                     snaps[layer.name] = layer
                 elif isinstance(layer, Table):
                     tables[str(node.target)] = layer
+        self._corrections: dict[frozenset[tuple[str, Format]], Mapping[str, Correction]] = {}
         self.tables: Mapping[str, Table] = MappingProxyType(tables)
         self.snaps: Mapping[str, Snap] = MappingProxyType(snaps)
         self.layers: Mapping[str, ElasticLayer] = MappingProxyType(layers)
@@ -116,12 +117,15 @@ class ElasticModel:
         for name, fmt in chosen.items():
             self._layer(name).check(fmt)
         before = {name: layer.state for name, layer in self.layers.items()}
+        corrected = {name: layer.correction for name, layer in self.layers.items()}
+        corrections = self.corrections(chosen)
         looked_up = {name: table.active for name, table in self.tables.items()}
         active = {name: snap.active for name, snap in self.snaps.items()}
         integer = {name for name, fmt in chosen.items() if quantize and fmt.bits < 32}
         try:
             for name, layer in self.layers.items():
                 layer.state = (chosen.get(name), quantize)
+                layer.correction = corrections.get(name)
             for snap in self.snaps.values():
                 snap.active = integer.issuperset(snap.around)
             for table in self.tables.values():
@@ -130,10 +134,36 @@ class ElasticModel:
         finally:
             for name, layer in self.layers.items():
                 layer.state = before[name]
+                layer.correction = corrected[name]
             for name, snap in self.snaps.items():
                 snap.active = active[name]
             for name, table in self.tables.items():
                 table.active = looked_up[name]
+
+    def corrections(self, formats: Mapping[str, Format]) -> Mapping[str, Correction]:
+        """Site name -> correction of one choice of formats; empty where none was set."""
+        return self._corrections.get(frozenset(formats.items()), {})
+
+    def set_corrections(
+        self, formats: Mapping[str, Format], corrections: Mapping[str, Correction]
+    ) -> None:
+        """Correct outputs of convolutions whenever exactly these formats are in force.
+
+        Args:
+            formats: Site name -> format.
+            corrections: Site name -> gain and bias; empty: as if they were never set.
+
+        Raises:
+            ValueError: A site is unknown or no convolution, or has other channels.
+        """
+        for name, correction in corrections.items():
+            site = self._layer(name).site
+            if not isinstance(site, ConvSite) or len(correction.gain) != site.out_channels:
+                raise ValueError(
+                    f"site {name!r} cannot take a correction of {len(correction.gain)} channels; "
+                    f"it is {site}, and corrections fit convolutions of as many outputs"
+                )
+        self._corrections[frozenset(formats.items())] = dict(corrections)
 
     def set_grids(self, grids: Mapping[str, Grid]) -> None:
         """Fix the grids of activations; snaps and layers left out round dynamically from now on.
