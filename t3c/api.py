@@ -32,7 +32,8 @@ from t3c.codegen.kernels.schedule import Schedule
 from t3c.codegen.tools import require
 from t3c.codegen.tune.network import operators, tune
 from t3c.codegen.tune.search import RECORDS
-from t3c.controller.plan import Plan, plan
+from t3c.controller.plan import SECONDS, Plan, plan
+from t3c.controller.statistics import correct
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
 from t3c.core.certificate import Certificate
 from t3c.core.codes import SiteCodes
@@ -255,6 +256,7 @@ def lower(
             judged = chosen.judged(bench.layers(chosen, built, session))
             if judged.chain != chosen.chain:
                 notes.add(_lost(chosen, judged))
+                _corrected(elastic, chosen, judged, fitted, plan_seconds)
                 built = _build(elastic, judged, spec, progress, tuned)
                 manifest = _manifest(elastic, judged.chain, built, spec, batches)
                 manifest, session = bench.prove(manifest, built, Path(scratch) / "second")
@@ -340,6 +342,20 @@ def _lost(before: Plan, after: Plan) -> str:
         f"{len(lost)} formats are not faster than dense on this machine and were left out, "
         f"{len(after.chain)} of {len(before.chain)} profiles remain: {shown}"
     )
+
+
+def _corrected(
+    elastic: ElasticModel,
+    before: Plan,
+    after: Plan,
+    fitted: Sequence[Batch],
+    seconds: float | None,
+) -> None:
+    """Corrections for choices of formats that are new, if the earlier ones had any."""
+    if not any(elastic.corrections(p.formats) for p in before.chain):
+        return  # a planner of the caller's own that wants none, or nothing to correct
+    new = [p.formats for p in after.chain if not elastic.corrections(p.formats)]
+    correct(elastic, new, fitted, (SECONDS if seconds is None else seconds) / 4)
 
 
 def _certified(

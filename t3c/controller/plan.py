@@ -15,6 +15,7 @@ from t3c.controller.damage import DamageTable, Menu, measure
 from t3c.controller.grids import fit_grids
 from t3c.controller.options import SHARES, gate
 from t3c.controller.progress import Progress, silent
+from t3c.controller.statistics import correct
 from t3c.controller.suffix import Suffix
 from t3c.controller.verdict import Verdicts, settle
 from t3c.controller.work import other_bytes, peak_bytes, rest_of
@@ -123,6 +124,7 @@ def plan(
     # Factors fit the data that they are made from better than other data: damage is measured on
     # batches that they have not seen, then the factors are made again from all of them.
     elastic.set_grids({})
+    elastic.forget_corrections()
     static = _static(spec, static) and bool(elastic.snaps)
     bits = families_of(spec).conv.activation_bits
     fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
@@ -175,6 +177,12 @@ def plan(
         notes.append(
             f"{len(plans)} of {profiles} profiles: on {spec.name!r} only {len(path)} different "
             f"choices are faster than dense (ranks are multiples of {spec.rank_step})"
+        )
+    corrected = correct(elastic, [p.formats for p in plans], batches, limit / 4)
+    if corrected:
+        notes.append(
+            f"means and variances behind batch norms were brought back to the original's on "
+            f"{corrected} calibration input(s), for every profile with cut ranks"
         )
     suffix = Suffix(elastic)
     suffix.load(batches[0])

@@ -165,6 +165,10 @@ class ElasticModel:
                 )
         self._corrections[frozenset(formats.items())] = dict(corrections)
 
+    def forget_corrections(self) -> None:
+        """As if none were ever set: factors or grids change."""
+        self._corrections.clear()
+
     def set_grids(self, grids: Mapping[str, Grid]) -> None:
         """Fix the grids of activations; snaps and layers left out round dynamically from now on.
 
