@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import t3c
 from t3c.codegen.build import Built, build
 from t3c.controller.plan import Plan, plan
-from t3c.controller.statistics import Statistics, correct, normalized_sites
+from t3c.controller.statistics import GAINS, Statistics, correct, normalized_sites
 from t3c.core.codes import Correction
 from t3c.core.errors import T3CError
 from t3c.core.formats import Dense, Format, Tucker2
@@ -69,7 +69,10 @@ def test_mean_and_variance_of_cut_layers_are_the_originals() -> None:
     assert correct(elastic, [formats], batches()) == 4
     after = Statistics.of([outputs(elastic, formats)])
     assert float((before.deviation / want.deviation - 1).abs().max()) > 0.1
-    torch.testing.assert_close(after.deviation, want.deviation, rtol=1e-2, atol=1e-3)
+    gain = torch.from_numpy(elastic.corrections(formats)["3"].gain)
+    inside = gain < GAINS[1]  # the others stop at the bound
+    assert int(inside.sum()) > len(gain) // 2
+    torch.testing.assert_close(after.deviation[inside], want.deviation[inside], rtol=1e-2, atol=0)
     torch.testing.assert_close(after.mean, want.mean, rtol=1e-2, atol=1e-2)
 
 
