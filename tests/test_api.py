@@ -490,3 +490,18 @@ def test_bounds_need_the_model_that_was_lowered(tmp_path: Path) -> None:
         t3c.certify(artifact, nn.Identity(), [(torch.randn(shape),)], say=lambda line: None)
     with pytest.raises(CertificateError, match="needs held-out inputs; got none"):
         t3c.certify(artifact, nn.Identity(), [], say=lambda line: None)
+
+
+def test_low_ranks_come_from_the_factorizer_that_was_asked_for() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 16)).eval()
+    x = torch.randn(64, 32) * torch.logspace(-2, 1, 32)
+    made = {}
+    for name in ("svd", "whitened-svd", "kronecker-svd"):
+        elastic = api.elasticize(net, (x,), factorizer=name)
+        elastic.set_factors("0", moment=x.T @ x / len(x))
+        made[name] = elastic.layers["0"].factor("low")
+    assert not torch.allclose(made["svd"], made["whitened-svd"])
+    torch.testing.assert_close(made["whitened-svd"], made["kronecker-svd"])  # no gains known
+    with pytest.raises(ValueError, match="factorizer is 'qr'; allowed are 'svd', 'whitened-svd'"):
+        api.elasticize(net, (x,), factorizer="qr")

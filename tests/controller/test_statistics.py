@@ -164,7 +164,10 @@ def test_a_wrong_correction_is_never_written(
 ) -> None:
     def wrong(*args: Any) -> Built:
         made = build(*args)
-        own = {n: t * np.float32(1.2) if "scale@" in n else t for n, t in made.tensors.items()}
+        own = {
+            n: t.astype(np.float32) * np.float32(1.2) if "scale@" in n else t
+            for n, t in made.tensors.items()
+        }
         return replace(made, tensors=own)
 
     monkeypatch.setattr("t3c.api.build", wrong)

@@ -59,7 +59,13 @@ def sound_bounds(
 
     Raises:
         ValueError: The domain does not fit the model's inputs.
+        CertificateError: A profile has corrections of means and variances, for which no rule is.
     """
+    if corrected := [p.name for p in chain if elastic.corrections(p.formats)]:
+        raise CertificateError(
+            f"profile {corrected[0]!r} has corrected means and variances, which no proof here "
+            "knows; call elastic.forget_corrections() first and lower without them"
+        )
     found = {p.name: _profile(elastic, p, domain, mode, cap) for p in chain}
     largest = list(found)[-1]
     reached, made = 0.0, {}

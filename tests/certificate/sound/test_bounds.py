@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from t3c.certificate.sound.norms import conv_norm, largest_norm, matrix_norm
 from t3c.certificate.sound.pair import Pair, curve, gamma
 from t3c.certificate.sound.propagate import _window
 from t3c.certificate.sound.slopes import CURVES
+from t3c.core.codes import Correction
+from t3c.core.errors import CertificateError
 from t3c.core.fields import Fields
 from t3c.core.formats import Dense, Format, LowRank, Tucker2
 from t3c.core.manifest import _sound_from_json, _sound_to_json
@@ -202,3 +205,13 @@ def test_domains_refuse_what_they_cannot_state() -> None:
         Box(torch.zeros(2), torch.full((2,), float("inf")))
     with pytest.raises(ValueError, match="radius"):
         Ball(torch.zeros(2), -1.0)
+
+
+def test_corrected_statistics_are_refused_not_ignored() -> None:
+    model, image, profiles = nets()["conv"]
+    ones = np.ones(8, np.float32)
+    model.set_corrections(profiles[0], {"c": Correction(2 * ones, ones)})
+    with pytest.raises(CertificateError, match="profile 'p0' has corrected means and variances"):
+        sound_bounds(model, chain(profiles), Domain.around([(image,)], 0.01))
+    model.forget_corrections()
+    assert sound_bounds(model, chain(profiles), Domain.around([(image,)], 0.01))
