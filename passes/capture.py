@@ -64,6 +64,11 @@ class Captured:
         """
         leaves, tree = pytree.tree_flatten(self._bind(args, kwargs))
         if tree != self.in_tree:
+            if tree.num_leaves != self.in_tree.num_leaves:
+                raise ValueError(
+                    f"the call has {tree.num_leaves} value(s), captured were "
+                    f"{self.in_tree.num_leaves}; give the arguments of the example inputs"
+                )
             raise ValueError(f"inputs have the structure {tree}, captured was {self.in_tree}")
         flat: list[Tensor] = [torch.empty(0)] * len(self.inputs)
         for leaf, place, fixed in zip(leaves, self.input_leaves, self.fixed, strict=True):
@@ -76,9 +81,15 @@ class Captured:
                 got = (
                     f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
                 )
+                same = isinstance(leaf, Tensor) and leaf.shape == want.shape
+                advice = (
+                    f"convert it with .to({want.dtype})"
+                    if same
+                    else "shapes are static: pad, or capture at this shape"
+                )
                 raise ValueError(
                     f"input {self.names[place]!r} is {got}; captured was {tuple(want.shape)} "
-                    f"{want.dtype}. Shapes are static: pad, or capture at this shape."
+                    f"{want.dtype}; {advice}"
                 )
             flat[place] = leaf
         return tuple(flat)

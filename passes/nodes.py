@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -160,3 +160,15 @@ def result_of(node: fx.Node) -> fx.Node | None:
     if len(users) == 1 and is_call(users[0], operator.getitem) and users[0].args[1] == 0:
         return users[0]
     return None
+
+
+def dependents(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes and everything that uses them, directly or not."""
+    seen: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(node.users)
+    return seen

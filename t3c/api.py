@@ -406,10 +406,29 @@ def _batches(
     for i, args in enumerate(calibration):
         if not isinstance(args, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"calibration[{i}] is a {type(args).__name__}; write (x,)")
-    batches = [elastic.captured.flatten(args, {}) for args in calibration]
+    batches = [_finite(elastic, args, i) for i, args in enumerate(calibration)]
     if not batches:
         raise ValueError("calibration is empty; leave it out, or give at least one call")
     return batches
+
+
+def _finite(elastic: ElasticModel, args: tuple[Any, ...], place: int) -> Batch:
+    """One calibration call, flat; errors name its place.
+
+    Raises:
+        ValueError: It does not fit the captured call, or holds NaN or infinity.
+    """
+    try:
+        batch = elastic.captured.flatten(args, {})
+    except ValueError as error:
+        raise ValueError(f"calibration[{place}]: {error}") from error
+    for name, value in zip(elastic.captured.names, batch, strict=True):
+        # -inf is what masks are made of
+        if value.is_floating_point() and bool((value.isnan() | value.isposinf()).any()):
+            raise ValueError(
+                f"calibration[{place}]: input {name!r} holds NaN or infinity; leave that call out"
+            )
+    return batch
 
 
 def _held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -505,3 +505,30 @@ def test_low_ranks_come_from_the_factorizer_that_was_asked_for() -> None:
     torch.testing.assert_close(made["whitened-svd"], made["kronecker-svd"])  # no gains known
     with pytest.raises(ValueError, match="factorizer is 'qr'; allowed are 'svd', 'whitened-svd'"):
         api.elasticize(net, (x,), factorizer="qr")
+
+
+NAN, INF = (torch.full((2, 64), value) for value in (float("nan"), float("inf")))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ((NAN,), r"calibration\[1\]: input '\w+' holds NaN or infinity; leave that call out"),
+        ((INF,), r"calibration\[1\]: input '\w+' holds NaN or infinity"),
+        ((torch.zeros(3, 64),), r"calibration\[1\]: .*\(3, 64\).*shapes are static: pad"),
+        ((torch.zeros(2, 64).double(),), r"calibration\[1\]: .*convert it with .to\(torch.float32"),
+        ((NAN, NAN), r"calibration\[1\]: the call has 2 value\(s\), captured were 1"),
+    ],
+)
+def test_bad_calibration_is_refused_by_place_and_name(
+    call: tuple[Tensor, ...], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        small(out=tmp_path / "net", calibration=[(draw(0, 2, 64),), call])
+    assert not (tmp_path / "net").exists()
+
+
+def test_one_calibration_call_is_enough_and_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    small(out=tmp_path / "net", calibration=[(draw(0, 2, 64),)], say=told.append)
+    assert any("one calibration batch" in line for line in told)

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from t3c.certificate.outputs import Batch, samples_in
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.model import ElasticModel
+from t3c.passes.nodes import dependents
 
 ITERATIONS = 20
 """Most steps of power iteration for one layer and batch."""
@@ -194,7 +195,7 @@ class _Run:
         """J v: forward derivatives, or a difference quotient where an operator has none."""
         try:
             return self._derivative(tangents, after)
-        except NotImplementedError:
+        except NotImplementedError:  # torch's own, of an operator without a forward derivative
             return self._quotient(tangents, after)
 
     @torch.no_grad()
@@ -239,14 +240,7 @@ class _Run:
 
     def _after(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
         """The calls and everything that depends on them, in order."""
-        seen: set[fx.Node] = set()
-        todo = list(nodes)
-        while todo:
-            node = todo.pop()
-            if node not in seen:
-                seen.add(node)
-                todo.extend(node.users)
-        return sorted(seen, key=self.order.__getitem__)
+        return sorted(dependents(nodes), key=self.order.__getitem__)
 
 
 class _Recorder(fx.Interpreter):

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from t3c.core.sites import LinearSite, Site
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.model import ElasticModel
+from t3c.passes.nodes import dependents
 
 EFFECTIVE_ROWS = 16
 """So many rows with gradients are trusted half in the directions that they show."""
@@ -34,7 +35,7 @@ class Suffix:
         self.calls = site_calls(elastic)
         order = {node: i for i, node in enumerate(self.graph.graph.nodes)}
         self._after = {
-            site: sorted(_dependents(nodes), key=order.__getitem__)
+            site: sorted(dependents(nodes), key=order.__getitem__)
             for site, nodes in self.calls.items()
         }
         self._values: dict[fx.Node, Any] = {}
@@ -148,15 +149,3 @@ def _squared(new: Tensor, old: Tensor) -> float:
     """||new - old||^2; infinite where the new value is not finite."""
     value = float((new.float() - old.float()).square().sum(dtype=torch.float64))
     return value if value == value else float("inf")
-
-
-def _dependents(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes and everything that uses them, directly or not."""
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo.extend(node.users)
-    return seen

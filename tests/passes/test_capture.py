@@ -59,8 +59,10 @@ def test_other_shape_dtype_or_value_is_refused() -> None:
         c.flatten((X.double(), Y), {"flag": True})
     with pytest.raises(ValueError, match="fixed to True"):
         c.flatten((X, Y), {"flag": False})
-    with pytest.raises(ValueError, match="structure"):
+    with pytest.raises(ValueError, match=r"the call has 1 value\(s\), captured were 3"):
         c.flatten((X,), {})
+    with pytest.raises(ValueError, match="structure"):
+        c.flatten(((X, Y), True), {})
 
 
 def test_model_is_untouched_and_train_mode_is_noted() -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from t3c.certificate.sound.domain import Domain
-from t3c.certificate.sound.form import Form, Mode
+from t3c.certificate.sound.form import Form, Mode, NoRule
 from t3c.certificate.sound.norms import largest_norm
-from t3c.certificate.sound.propagate import NoRule, spread
+from t3c.certificate.sound.propagate import spread
 from t3c.core.certificate import Sound
 from t3c.core.errors import CertificateError
 from t3c.core.profile import Profile, ProfileChain
@@ -51,7 +51,7 @@ def sound_bounds(
         elastic: The model.
         chain: Its profiles.
         domain: Flat inputs, as the graph takes them.
-        mode: What is propagated; ``symbols`` is the tightest.
+        mode: What is propagated; ``symbols`` is the tightest but for rare cases.
         cap: Most symbols; fewer are faster and looser.
 
     Returns:

@@ -22,6 +22,10 @@ BUDGET = 24_000_000
 """Numbers that the symbols of one form may take: 192 MB."""
 
 
+class NoRule(Exception):
+    """No rule bounds an operator, or its bound is not finite; the message says what."""
+
+
 @dataclass(slots=True)
 class Space:
     """The symbols of one cell, and what each may be.

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from t3c.certificate.sound import pair
 from t3c.certificate.sound.domain import Ball, Cell
-from t3c.certificate.sound.form import Form, Mode, Space, constant
+from t3c.certificate.sound.form import Form, Mode, NoRule, Space, constant
 from t3c.certificate.sound.pair import Pair
 from t3c.certificate.sound.sites import site
 from t3c.certificate.sound.slopes import CURVES
@@ -32,10 +32,6 @@ _VIEWS = (
     aten.select.int,
 )
 _AVERAGES = (aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
-
-
-class NoRule(Exception):
-    """A node without a rule, or whose bound is not finite; the message names it."""
 
 
 def spread(elastic: ElasticModel, cell: Cell, mode: Mode, cap: int) -> tuple[list[Pair], Space]:
@@ -116,7 +112,7 @@ def _step(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> An
             found = _module(graph.get_submodule(str(node.target)), args[0], space)
         else:
             found = _function(node, args, dict(node.kwargs), space)
-    except NotImplementedError as error:
+    except NoRule as error:
         raise NoRule(f"{name} has no rule: {error}") from error
     if isinstance(found, Pair) and not (found.x.finite and found.d.finite):
         raise NoRule(f"{name}: no finite bound")
@@ -136,13 +132,13 @@ def _module(module: Any, p: Any, space: Space) -> Pair:
             after = codes.double() * scale.double() if module.active else module.weight.detach()
             return _rows(module.weight.detach(), after, p, space)
         case _:
-            raise NotImplementedError(type(module).__name__)
+            raise NoRule(type(module).__name__)
 
 
 def _rows(table: Tensor, after: Tensor, ids: Any, space: Space) -> Pair:
     """An embedding: at each position the hull of the rows that may be read."""
     if not isinstance(ids, tuple):
-        raise NotImplementedError("indices that are no input")
+        raise NoRule("indices that are no input")
     table, error = table.double(), after.double() - table.double()
     low, high = ids
     if int(low.min()) < 0 or int(high.max()) >= len(table):
@@ -167,7 +163,7 @@ def _function(node: fx.Node, args: Any, kwargs: dict[str, Any], space: Space) ->
     if target is aten.embedding.default:
         return _rows(args[0], args[0], args[1], space)
     if not isinstance(p, Pair):
-        raise NotImplementedError("its first argument is no float of the model")
+        raise NoRule("its first argument is no float of the model")
     if target in _VIEWS:
         return _same(p, lambda t: target(t, *args[1:], **kwargs), 1.0, 0)
     if target in _AVERAGES:
@@ -187,10 +183,10 @@ def _function(node: fx.Node, args: Any, kwargs: dict[str, Any], space: Space) ->
     if target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(args[1], int | float | Tensor):
         factor = torch.as_tensor(args[1], dtype=torch.float64)
         if (factor * p.x.c).shape != p.x.c.shape:
-            raise NotImplementedError("a constant factor larger than its value")
+            raise NoRule("a constant factor larger than its value")
         by = factor if target is aten.mul.Tensor else 1 / factor
         return Pair(p.x.scaled(by), p.d.scaled(by)).rounded(3)
-    raise NotImplementedError("unknown operator")
+    raise NoRule("unknown operator")
 
 
 def _window(target: Any, args: Any, shape: torch.Size) -> int:
@@ -213,7 +209,7 @@ def _added(a: Pair, b: Any, space: Space) -> Pair:
     if isinstance(b, Pair):
         return Pair(a.x + b.x, a.d + b.d).rounded(1)
     if not isinstance(b, int | float | Tensor):
-        raise NotImplementedError("its second argument is no float of the model")
+        raise NoRule("its second argument is no float of the model")
     other = constant(space, torch.as_tensor(b, dtype=torch.float64))
     return Pair(a.x + other, a.d + constant(space, torch.zeros_like(other.c))).rounded(1)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from t3c.certificate.sound.form import Form, Linear
+from t3c.certificate.sound.form import Form, Linear, NoRule
 from t3c.certificate.sound.norms import conv_norm, matrix_norm
 from t3c.certificate.sound.pair import Pair, dynamic_error, gamma, grid_error
 from t3c.core.formats import CP, Dense, LowRank
@@ -172,7 +172,7 @@ def _stages(layer: ElasticLayer) -> tuple[list[tuple[Tensor, str, Rounding]], Te
                 (_point(high), "point", rounding("low")),
             ], _point(product)
         case CP():
-            raise NotImplementedError("CP factors have no rule")
+            raise NoRule("CP factors have no rule")
         case _:
             a, b = int(fmt.ranks[0]), int(fmt.ranks[1])
             first, core = kernel("reduce", a, None), kernel("core", b, a)

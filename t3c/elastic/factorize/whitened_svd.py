@@ -19,20 +19,35 @@ from t3c.elastic.factorize.base import (
 from t3c.elastic.factorize.svd import SVD
 
 
-@final
 @dataclass(frozen=True, slots=True)
-class WhitenedSvd(AbstractFactorizer):
+class AbstractWeighedSvd(AbstractFactorizer):
+    """Low rank in a metric of the data.
+
+    Attributes:
+        damping: Added to the diagonal of A = E[x x^T], as a share of its mean. Source: docs,
+            whitening sweep.
+    """
+
+    factors: ClassVar[tuple[str, ...]] = ("low", "high")
+    damping: float = 1e-3
+
+    def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
+        """high[:, :r] low[:r]."""
+        return SVD.merge(factors, ranks)
+
+    def break_even(self, shape: tuple[int, ...]) -> float:
+        """N k / (n + k)."""
+        return SVD.break_even(shape)
+
+
+@final
+class WhitenedSvd(AbstractWeighedSvd):
     """Minimizes E ||(W - high low) x||^2 at every rank, given A = E[x x^T].
 
     Source: SVD-LLM (arXiv 2403.07378).
-
-    Attributes:
-        damping: Added to A's diagonal, as a share of its mean. Source: docs, whitening sweep.
     """
 
     name: ClassVar[str] = "whitened-svd"
-    factors: ClassVar[tuple[str, ...]] = ("low", "high")
-    damping: float = 1e-3
 
     def _split(
         self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
@@ -40,45 +55,24 @@ class WhitenedSvd(AbstractFactorizer):
         """As `Svd.split`, in the metric of the inputs; gains are not used."""
         return weighed(weight, moment, None, ranks, self.damping)
 
-    def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
-        """high[:, :r] low[:r]."""
-        return SVD.merge(factors, ranks)
-
-    def break_even(self, shape: tuple[int, ...]) -> float:
-        """N k / (n + k)."""
-        return SVD.break_even(shape)
-
 
 @final
-@dataclass(frozen=True, slots=True)
-class KroneckerSvd(AbstractFactorizer):
+class KroneckerSvd(AbstractWeighedSvd):
     """Minimizes E ||R^T (W - high low) x||^2 at every rank, given A = E[x x^T] and G = R R^T.
 
     With A = L L^T the factors come from the singular vectors of R^T W L. Whichever side is shorter,
     one Cholesky factor and one eigenproblem of that side are enough: the other metric only enters
-    products. Source: the two-sided weighting of KFAC-style pruning, with SVD-LLM's whitening.
-
-    Attributes:
-        damping: Added to A's diagonal, as a share of its mean. Source: docs, whitening sweep.
+    products. Source: SVD-LLM's whitening on the inputs' side; for both sides, the Kronecker
+    factors of the curvature (Martens and Grosse, arXiv 1503.05671).
     """
 
     name: ClassVar[str] = "kronecker-svd"
-    factors: ClassVar[tuple[str, ...]] = ("low", "high")
-    damping: float = 1e-3
 
     def _split(
         self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
     ) -> Factors:
         """As `Svd.split`, in the metric of inputs and outputs."""
         return weighed(weight, moment, gains, ranks, self.damping)
-
-    def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
-        """high[:, :r] low[:r]."""
-        return SVD.merge(factors, ranks)
-
-    def break_even(self, shape: tuple[int, ...]) -> float:
-        """N k / (n + k)."""
-        return SVD.break_even(shape)
 
 
 def weighed(
