@@ -248,7 +248,9 @@ def lower(
     notes.add(*chosen.notes)
     if domain is not None and any(elastic.corrections(p.formats) for p in chosen.chain):
         elastic.forget_corrections()  # the bounds do not know them
-        notes.add("with a domain to prove drift over, means and variances stay as they were cut")
+        notes.add(
+            "means and variances were taken back to what cutting left: proofs do not know them"
+        )
     tuned = _tuned(elastic, chosen, spec, tune_minutes, tune_folder, notes, progress)
     bench = Bench(elastic, spec, batches, calls, threads, notes, progress)
     with tempfile.TemporaryDirectory() as scratch:

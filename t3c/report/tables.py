@@ -69,6 +69,7 @@ def profiles(chain: Sequence[CompiledProfile] | Sequence[Profile], title: str = 
             UNKNOWN if timing is None else str(timing.label),
             UNKNOWN if energy is None else f"{number(energy.joules * 1e3)} ({energy.label})",
             number(None if cert.proxy is None else cert.proxy.paper.value),
+            number(None if cert.proxy is None else _estimate(cert.proxy)),
             _sound(cert),
             number(_ninety(cert)),
             number(None if cert.observed is None else cert.observed.p95),
@@ -93,7 +94,7 @@ def _ninety(certificate: Certificate) -> float | None:
 
 
 _COSTS = ("MMAC", "size MB", "RAM MB", "p50 ms", "p95 ms", "time", "energy mJ")
-_DRIFT = ("proxy", "sound", "90 % bound", "observed p95", "relative", "parity")
+_DRIFT = ("proxy", "estimate", "sound", "90 % bound", "observed p95", "relative", "parity")
 
 
 def layers(chain: Sequence[Profile], title: str = "Format of every layer") -> Table:
@@ -126,6 +127,11 @@ def drift(chain: Sequence[CompiledProfile], title: str = "Where drift comes from
 def sharpest(proxy: Proxy) -> str:
     """The variant that follows observed drift best of those that were computed."""
     return next(v for v in (MEASURED, "kronecker-rss", PAPER) if v in proxy.estimates)
+
+
+def _estimate(proxy: Proxy) -> float:
+    """What drift to expect: the sharpest proxy, where the paper's is a sum of worst cases."""
+    return proxy.estimates[sharpest(proxy)].value
 
 
 def conversion(report: ConversionReport, title: str = "Conversion report") -> Table:

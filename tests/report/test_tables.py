@@ -54,9 +54,9 @@ def text(table: Table) -> list[list[str]]:
 
 def test_a_profile_row_has_costs_labels_and_drift() -> None:
     rows = text(tables.profiles([BARE, FULL]))
-    assert rows[0] == ["tiny", "2", "3", "4"] + ["-"] * 10
+    assert rows[0] == ["tiny", "2", "3", "4"] + ["-"] * 11
     assert rows[1][1:8] == ["5", "6", "7", "1", "2", "measured", "3 (estimated)"]
-    assert rows[1][8:] == ["1.5", "-", "inf", "0.25", "0.01", "-"]
+    assert rows[1][8:] == ["1.5", "0.5", "-", "inf", "0.25", "0.01", "-"]
 
 
 def test_layers_are_listed_by_their_share_of_the_drift() -> None:
