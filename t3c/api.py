@@ -248,9 +248,7 @@ def lower(
     notes.add(*chosen.notes)
     if domain is not None and any(elastic.corrections(p.formats) for p in chosen.chain):
         elastic.forget_corrections()  # the bounds do not know them
-        notes.add(
-            "means and variances were taken back to what cutting left: proofs do not know them"
-        )
+        notes.add("means and variances are again what cutting left of them: proofs know no others")
     tuned = _tuned(elastic, chosen, spec, tune_minutes, tune_folder, notes, progress)
     bench = Bench(elastic, spec, batches, calls, threads, notes, progress)
     with tempfile.TemporaryDirectory() as scratch:
