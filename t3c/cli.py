@@ -1,6 +1,7 @@
-"""The command line: t3c lower, run, inspect, bench, doctor."""
+"""The command line: t3c lower, run, plan, inspect, certify, bench, doctor."""
 
 import json
+import math
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t3c import targets
 from t3c.core.artifact import Artifact
+from t3c.core.budget import LEVEL, Budget, costs, drift_bound, select
 from t3c.core.errors import ArtifactError, InfeasibleBudget, ParityError, T3CError, TargetError
 from t3c.core.manifest import Manifest
 from t3c.core.structure import flatten
@@ -53,6 +55,19 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `t3c lower` wrote.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of each call; else the cores it may use.")
+]
+Latency = Annotated[float | None, typer.Option(help="Budget: p95 of one call.")]
+Joules = Annotated[float | None, typer.Option(help="Budget: energy of one call.")]
+Size = Annotated[float | None, typer.Option(help="Budget: stored weights, 10^6 B.")]
+Ram = Annotated[float | None, typer.Option(help="Budget: memory, 10^6 B.")]
+MaxDrift = Annotated[
+    float | None, typer.Option(help="Budget: bound on the drift of one input's outputs.")
+]
+Level = Annotated[
+    float | None, typer.Option(help="Share of inputs that the calibrated bound holds for; 0.9.")
+]
+Kind = Annotated[
+    Literal["calibrated", "sound"], typer.Option(help="Which bound --max-drift compares.")
 ]
 Inputs = Annotated[
     Path | None,
@@ -200,10 +215,13 @@ def lower(
 def run(
     artifact: Folder,
     profile: Annotated[str | None, typer.Option("--profile", "-p", help="Profile by name.")] = None,
-    latency_ms: Annotated[float | None, typer.Option(help="Budget: p95 of one call.")] = None,
-    energy_mj: Annotated[float | None, typer.Option(help="Budget: energy of one call.")] = None,
-    size_mb: Annotated[float | None, typer.Option(help="Budget: stored weights, 10^6 B.")] = None,
-    ram_mb: Annotated[float | None, typer.Option(help="Budget: memory, 10^6 B.")] = None,
+    latency_ms: Latency = None,
+    energy_mj: Joules = None,
+    size_mb: Size = None,
+    ram_mb: Ram = None,
+    max_drift: MaxDrift = None,
+    level: Level = None,
+    drift: Kind = "calibrated",
     inputs: Inputs = None,
     outputs: Annotated[Path | None, typer.Option("--outputs", help="npz file to write.")] = None,
     threads: Threads = None,
@@ -218,6 +236,8 @@ def run(
             "energy_mj": energy_mj,
             "size_mb": size_mb,
             "ram_mb": ram_mb,
+            "max_drift": max_drift,
+            "level": level,
         }
         budget = {name: limit for name, limit in limits.items() if limit is not None}
         if profile is not None and budget:
@@ -226,7 +246,7 @@ def run(
         if profile is not None:
             session.set_profile(profile)
         if budget:
-            session.set_budget(**budget)
+            session.set_budget(**budget, drift=drift)
         given = _inputs(session.manifest, inputs, console)
         session(**given)
         start = time.perf_counter()
@@ -243,6 +263,42 @@ def run(
         console.show(tables.plain(rows))
         console.show(f"profile {session.profile.name}: {seconds * 1e3:.3f} ms")
         console.data({"profile": session.profile.name, "seconds": seconds, "outputs": rows})
+
+
+@app.command(epilog=EXIT_CODES)
+def plan(
+    artifact: Folder,
+    latency_ms: Latency = None,
+    energy_mj: Joules = None,
+    size_mb: Size = None,
+    ram_mb: Ram = None,
+    percentile: Annotated[
+        Literal["p50", "p95"], typer.Option(help="Which latency --latency-ms compares.")
+    ] = "p95",
+    max_drift: MaxDrift = None,
+    level: Level = None,
+    drift: Kind = "calibrated",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say which profile a budget picks: the largest within its costs. Needs no TVM.
+
+    With --max-drift alone, the smallest whose bound keeps it. With both, the largest within the
+    costs, refused where its bound is above.
+    """
+    with command(as_json, quiet, debug) as console:
+        budget = Budget(latency_ms, energy_mj, size_mb, ram_mb, percentile, max_drift, level, drift)
+        found = Artifact.read(artifact)
+        found.verify()
+        chosen = select(found.manifest.chain, budget)
+        row: dict[str, object] = {"profile": chosen.name}
+        row |= {n: v if v < math.inf else None for n, v in costs(chosen, percentile).items()}
+        if max_drift is not None:
+            row["drift_bound"] = drift_bound(chosen, drift, LEVEL if level is None else level)
+        shown = {n: tables.UNKNOWN if v is None else v for n, v in row.items()}
+        console.show(tables.plain([shown], f"budget {budget}"))
+        console.data({"budget": str(budget), **row})
 
 
 @app.command(epilog=EXIT_CODES)

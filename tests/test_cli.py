@@ -37,7 +37,7 @@ def call(*args: object) -> Result:
 
 @pytest.mark.parametrize(
     "command",
-    [(), *((name,) for name in ("lower", "run", "certify", "inspect", "bench", "doctor"))],
+    [(), *((name,) for name in ("lower", "run", "plan", "certify", "inspect", "bench", "doctor"))],
 )
 def test_help_documents_the_exit_codes(command: tuple[str, ...]) -> None:
     done = call(*command, "--help")
@@ -256,6 +256,21 @@ def test_python_m_t3c_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "app", lambda: called.append(1))
     runpy.run_module("t3c", run_name="__main__")
     assert called == [1]
+
+
+def test_plan_says_which_profile_a_budget_picks(artifact: Artifact) -> None:
+    done = json.loads(call("plan", artifact.path, "--latency-ms", "1.5", "--json").stdout)
+    assert (done["profile"], done["latency_ms"]) == ("tiny", 1.0)
+    assert done["energy_mj"] is None
+    drift = ("plan", artifact.path, "--max-drift", ".3", "--level", ".9")
+    found = json.loads(call(*drift, "--json").stdout)
+    assert (found["profile"], found["drift_bound"]) == ("max", 0.1)
+    assert "max_drift=0.3 (calibrated at 0.9)" in call(*drift).stdout
+    refused = call(*drift, "--latency-ms", "1.5", "--json")
+    assert refused.exit_code == 3
+    assert json.loads(refused.stdout)["failing"] == ["max_drift"]
+    assert call("plan", artifact.path, "--max-drift", "nan").exit_code == 2
+    assert call("plan", artifact.path).exit_code == 2
 
 
 def test_certify_runs_on_the_data_that_the_model_brings(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from t3c.core.artifact import Artifact
-from t3c.core.budget import Budget, Selector
+from t3c.core.budget import Budget, DriftKind, Selector
 from t3c.core.errors import ArtifactError, T3CError
 from t3c.core.manifest import CompiledProfile, Manifest, TensorSpec
 from t3c.core.probe import Probe, Trace
@@ -146,14 +146,23 @@ class Session:
         energy_mj: float | None = None,
         size_mb: float | None = None,
         ram_mb: float | None = None,
+        max_drift: float | None = None,
+        level: float | None = None,
+        drift: DriftKind = "calibrated",
     ) -> Profile:
         """Make later calls run the largest profile that satisfies every limit given.
+
+        A limit of drift beside others refuses that profile where its bound is above; alone, it
+        picks the smallest profile whose bound keeps it.
 
         Args:
             latency_ms: Milliseconds of one call, 95th percentile.
             energy_mj: Millijoules of one call.
             size_mb: Stored weights of the profile, 10^6 bytes.
             ram_mb: Memory while it runs, 10^6 bytes.
+            max_drift: Bound on the drift ||dz||_2 of one input against the original model.
+            level: Share of inputs that the bound holds for; None: 0.9.
+            drift: Which bound of the certificate: "calibrated" (`t3c.certify`) or "sound".
 
         Returns:
             The profile.
@@ -161,7 +170,15 @@ class Session:
         Raises:
             InfeasibleBudget: None fits; names the smallest feasible budget. Nothing changes.
         """
-        budget = Budget(latency_ms=latency_ms, energy_mj=energy_mj, size_mb=size_mb, ram_mb=ram_mb)
+        budget = Budget(
+            latency_ms=latency_ms,
+            energy_mj=energy_mj,
+            size_mb=size_mb,
+            ram_mb=ram_mb,
+            max_drift=max_drift,
+            level=level,
+            drift=drift,
+        )
         return self.set_profile(self._selector.select(budget).name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -154,12 +154,22 @@ def test_a_budget_picks_the_largest_profile_within_it(session: Session) -> None:
     assert session.set_budget(latency_ms=2.0, size_mb=1.0, ram_mb=1.0).name == "max"
 
 
+def test_a_limit_of_drift_compares_the_certificate(session: Session) -> None:
+    session.set_profile("tiny")  # whose bound is infinite; that of max is 0.1
+    assert session.set_budget(max_drift=0.3).name == "max"
+    with pytest.raises(InfeasibleBudget, match=r"within latency_ms=1"):
+        session.set_budget(latency_ms=1.0, max_drift=0.3, level=0.9)
+    assert session.profile.name == "max"
+    with pytest.raises(InfeasibleBudget, match="lower with domain="):
+        session.set_budget(max_drift=0.3, drift="sound")
+
+
 def test_an_infeasible_budget_changes_nothing(session: Session) -> None:
     session.set_profile("tiny")
     with pytest.raises(InfeasibleBudget) as caught:
         session.set_budget(latency_ms=0.5)
     assert session.profile.name == "tiny"
-    assert session.set_budget(**caught.value.minimum).name == "tiny"
+    assert session.set_budget(**caught.value.minimum).name == "tiny"  # type: ignore[arg-type]
 
 
 def test_an_unknown_profile_lists_the_known_ones(session: Session) -> None:
