@@ -32,6 +32,7 @@ from t3c.codegen.kernels.schedule import Schedule
 from t3c.codegen.tools import require
 from t3c.codegen.tune.network import operators, tune
 from t3c.codegen.tune.search import RECORDS
+from t3c.controller.costs import check as check_objective
 from t3c.controller.plan import SECONDS, Plan, plan
 from t3c.controller.statistics import correct
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
@@ -46,7 +47,7 @@ from t3c.core.manifest import (
     TargetInfo,
     TensorSpec,
 )
-from t3c.core.profile import ProfileChain
+from t3c.core.objective import Objective, parse_objective
 from t3c.core.sites import Site
 from t3c.core.structure import LEAF, Tree
 from t3c.elastic.conv import ElasticConv
@@ -143,6 +144,7 @@ def lower(
     factorizer: str = DEFAULT,
     tables: bool = False,
     activations: str = "auto",
+    objective: str | Objective = Objective.LATENCY,
     plan_seconds: float | None = None,
     planner: Callable[..., Plan] = plan,
     checks: str | os.PathLike[str] | None = None,
@@ -172,6 +174,8 @@ def lower(
         activations: How convolutions round their inputs: ``static``, to grids fixed on the
             calibration data, so that int8 tensors flow between them; ``dynamic``, to the range of
             each image; ``auto``, static where the target's kernels can.
+        objective: What the profiles are chosen to save: ``latency``, ``macs``, ``bytes`` (linear
+            layers take 4 bits) or ``energy`` (estimated). All profiles state all costs.
         plan_seconds: Time for calibration and damage table; None: the planner's default.
         planner: Chooses the chain; another one takes the arguments of `t3c.controller.plan.plan`.
         checks: Where to keep the artifact whose library has probes and traces, for measurements of
@@ -193,10 +197,10 @@ def lower(
 
     Raises:
         ArtifactError: `out` exists and is no artifact.
-        TargetError: Unknown target (the known ones are listed), tools are missing, or kernels shall
-            be tuned for another machine.
+        TargetError: Unknown target (the known ones are listed), tools are missing, kernels shall
+            be tuned for another machine, or the target cannot serve the objective.
         LoweringError: The graph does not fit the target.
-        ValueError: `activations` is none of the three.
+        ValueError: `activations` is none of the three, or `objective` none of the four.
         ParityError: A profile does not compute what its torch reference computes.
     """
     if activations not in ACTIVATIONS:
@@ -204,8 +208,10 @@ def lower(
             f"activations is {activations!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}"
         )
     static = ACTIVATIONS[activations]
+    objective = parse_objective(objective)
     spec = targets.get(target) if isinstance(target, str) else target
     require(spec)
+    check_objective(objective, spec)
     if tune_minutes > 0 and not proof.runs_here(spec):
         raise TargetError(
             f"tune_minutes={tune_minutes:g}: kernels are timed, and this machine is no "
@@ -243,6 +249,7 @@ def lower(
         profiles=profiles,
         seconds=plan_seconds,
         static=static,
+        objective=objective,
         progress=progress,
     )
     notes.add(*chosen.notes)
@@ -253,7 +260,7 @@ def lower(
     bench = Bench(elastic, spec, batches, calls, threads, notes, progress)
     with tempfile.TemporaryDirectory() as scratch:
         built = _build(elastic, chosen, spec, progress, tuned)
-        manifest = _manifest(elastic, chosen.chain, built, spec, batches)
+        manifest = _manifest(elastic, chosen, built, spec, batches)
         manifest, session = bench.prove(manifest, built, Path(scratch) / "first")
         if session is not None and calls:
             judged = chosen.judged(bench.layers(chosen, built, session))
@@ -261,7 +268,7 @@ def lower(
                 notes.add(_lost(chosen, judged))
                 _corrected(elastic, chosen, judged, fitted, plan_seconds)
                 built = _build(elastic, judged, spec, progress, tuned)
-                manifest = _manifest(elastic, judged.chain, built, spec, batches)
+                manifest = _manifest(elastic, judged, built, spec, batches)
                 manifest, session = bench.prove(manifest, built, Path(scratch) / "second")
             chosen = judged
         if session is not None and calls:
@@ -505,7 +512,7 @@ def _cache() -> Path:
 
 def _manifest(
     elastic: ElasticModel,
-    chain: ProfileChain,
+    chosen: Plan,
     built: Built,
     spec: TargetSpec,
     batches: Sequence[Batch],
@@ -513,7 +520,7 @@ def _manifest(
     """Everything that is known before the library runs."""
     captured = _captured(elastic)
     compiled = []
-    for profile in chain:
+    for profile in chosen.chain:
         made = built.profiles[profile.name]
         ram = sum(built.tensors[n].nbytes for n in made.weights) + made.activation_bytes
         counted = replace(profile, storage_bytes=made.storage_bytes, ram_bytes=ram)
@@ -540,6 +547,7 @@ def _manifest(
         profiles=increasing(compiled),
         versions=_versions(),
         report=elastic.report,
+        objective=chosen.objective,
         calibration_sha256=_hash(batches),
     )
 

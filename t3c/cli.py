@@ -167,6 +167,10 @@ def lower(
         Literal["auto", "static", "dynamic"],
         typer.Option(help="How convolutions round inputs: fixed grids, or each image's range."),
     ] = "auto",
+    objective: Annotated[
+        Literal["latency", "macs", "bytes", "energy"],
+        typer.Option(help="What profiles are chosen to save; energy is estimated."),
+    ] = "latency",
     tune_minutes: Annotated[
         float,
         typer.Option(
@@ -201,6 +205,7 @@ def lower(
                 include=include or ("*",),
                 exclude=exclude or (),
                 activations=activations,
+                objective=objective,
                 tune_minutes=tune_minutes,
                 tune_folder=tune_folder,
                 progress=progress,

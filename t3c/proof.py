@@ -19,8 +19,9 @@ from t3c.controller.plan import Plan
 from t3c.controller.verdict import Verdicts, judge
 from t3c.core.errors import ParityError, TargetError
 from t3c.core.manifest import CompiledProfile, Manifest, Parity, Stages, Where
+from t3c.core.objective import Objective
 from t3c.core.probe import Probe
-from t3c.core.profile import Profile, Timing
+from t3c.core.profile import Energy, Profile, Timing
 from t3c.elastic.model import ElasticModel
 from t3c.elastic.shadow import relative, shadow
 from t3c.runtime import bundle, emulate
@@ -159,7 +160,8 @@ class Bench:
     def timed(self, manifest: Manifest, session: Session) -> Manifest:
         """Measure every profile, interleaved; the measurement wins over the prediction.
 
-        A profile that takes longer than the largest, dense one is dropped.
+        Where the objective is latency, a profile that takes longer than the largest, dense one is
+        dropped; one that was chosen for another cost stays, with its time.
         """
         if self.progress is not None:
             self.progress("time profiles", 0, 1)
@@ -174,7 +176,7 @@ class Bench:
         for compiled in manifest.profiles:
             name = compiled.profile.name
             ratio = float(np.median(samples[name] / samples[names[-1]]))  # of calls side by side
-            if ratio > SLOWER:
+            if ratio > SLOWER and manifest.objective is Objective.LATENCY:
                 self.notes.add(
                     f"dropped profile {name!r}: it took {ratio:.2f} times as long as {names[-1]!r}"
                 )
@@ -259,6 +261,7 @@ def increasing(profiles: Sequence[CompiledProfile]) -> tuple[CompiledProfile, ..
             storage_bytes=max(small.storage_bytes, large.storage_bytes),
             ram_bytes=max(small.ram_bytes, large.ram_bytes),
             latency=_slower(small.latency, large.latency),
+            energy=_hungrier(small.energy, large.energy),
         )
 
     costs = list(accumulate((c.profile for c in profiles), join))
@@ -270,3 +273,9 @@ def _slower(small: Timing | None, large: Timing | None) -> Timing | None:
         return large
     p50 = max(small.p50_s, large.p50_s)
     return replace(large, p50_s=p50, p95_s=max(p50, small.p95_s, large.p95_s))
+
+
+def _hungrier(small: Energy | None, large: Energy | None) -> Energy | None:
+    if small is None or large is None or small.label is not large.label:
+        return large
+    return replace(large, joules=max(small.joules, large.joules))

@@ -453,6 +453,36 @@ def test_the_measured_gate_decides(tmp_path: Path) -> None:
     assert any("not faster than dense on this machine" in line for line in told) == bool(lost)
 
 
+def test_a_chain_for_bytes_is_proved_and_runs(tmp_path: Path) -> None:
+    artifact = small(
+        model=Mlp().eval(),
+        example_inputs=(draw(0, 2, 96),),
+        out=tmp_path / "net",
+        objective="bytes",
+        profiles=3,
+        calls=0,
+    )
+    sizes = [c.profile.storage_bytes for c in artifact.manifest.profiles]
+    assert sizes == sorted(set(sizes))
+    assert {f.bits for f in artifact.manifest.profiles[0].profile.formats.values()} == {4}
+    assert artifact.manifest.objective == "bytes"
+    session = t3c.load(artifact)
+    assert session.set_budget(size_mb=sizes[0] / 1e6).name == "tiny"
+    session(draw(0, 2, 96))
+
+
+def test_an_objective_that_is_unknown_or_that_the_target_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="objective is 'speed'; allowed are 'latency'"):
+        small(out=tmp_path / "net", objective="speed")
+    without = replace(
+        targets.detect_host(),
+        roofline=replace(targets.detect_host().roofline, int4_macs_s=None),
+    )
+    with pytest.raises(t3c.TargetError, match="objective 'bytes' needs kernels of 4-bit weights"):
+        small(out=tmp_path / "net", target=without, objective="bytes")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bounds_come_from_the_library_and_stay_in_the_artifact(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Mlp().eval()

@@ -42,11 +42,12 @@ class Moment:
     """Second moments at one site.
 
     Attributes:
-        total: Sum of x x^T over rows x of the input (pixels for a convolution), [in, in] float32.
+        total: Sum of x x^T over rows x of the input (pixels for a convolution), [in, in] float32;
+            rows of linear layers that no output depends on (padding) do not count.
         gains: Sum of g g^T over rows g of the gradient at the output, [out, out] float32, of a
             random projection of the model's outputs: which output directions matter. None where
             no gradient arrives, or the site is too wide.
-        rows: How many rows.
+        rows: How many rows counted.
     """
 
     total: Tensor
@@ -265,7 +266,9 @@ def width(site: Site) -> int:
 def _moment(site: Site, seen: Seen) -> Moment:
     """Moments of one call of a site."""
     rows, gains = rows_of(site, seen.x), None
-    for slope in seen.slopes:
-        back = rows_of(site, slope)
+    if seen.slopes:
+        back = rows_of(site, seen.slopes[0])
         gains = back.T @ back if back.shape[1] <= SIDE_MAX else None
+        if isinstance(site, LinearSite):
+            rows = rows[back.abs().amax(1) != 0]  # keeps NaN, which is refused by name
     return Moment(rows.T @ rows, gains, len(rows))

@@ -1,4 +1,4 @@
-"""Order all steps down from dense by damage per second saved, and cut the path into profiles."""
+"""Order all steps down from dense by damage per unit of cost saved; cut the path into profiles."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from itertools import pairwise
 from t3c.core.formats import Format
 
 SHARE_OF_MAX = 0.6
-"""Tiny takes at most this share of Max's time in elastic layers, if any ranks allow it."""
+"""Tiny takes at most this share of Max's cost in elastic layers, if any ranks allow it."""
 DRIFT_MAX = 0.3
 """Below `SHARE_OF_MAX` Tiny goes on only while the predicted relative drift stays under this."""
 
 DRIFT_WEIGHT = 0.5
-"""Of drift against time in the spacing of profiles."""
+"""Of drift against cost in the spacing of profiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +22,12 @@ class Option:
 
     Attributes:
         format: The format.
-        seconds: Predicted time of the site.
+        cost: Of the site, in units of the objective (seconds, multiply-adds, bytes, joules).
         damage: Relative squared drift that it causes.
     """
 
     format: Format
-    seconds: float
+    cost: float
     damage: float
 
 
@@ -41,12 +41,12 @@ class Plan:
 
     Attributes:
         formats: Site name -> format.
-        seconds: Predicted time in elastic sites.
+        cost: Of all elastic sites, in units of the objective.
         damage: Predicted relative squared drift.
     """
 
     formats: Mapping[str, Format]
-    seconds: float
+    cost: float
     damage: float
 
     @property
@@ -59,18 +59,18 @@ class Plan:
 class _Step:
     site: str
     to: int
-    seconds: float
+    cost: float
     damage: float
 
     @property
     def price(self) -> float:
-        return self.damage / self.seconds
+        return self.damage / self.cost
 
 
 def path(options: Options) -> list[Plan]:
-    """Plans from the largest down; each lowers one site, the cheapest in damage per second first.
+    """Plans from the largest down; each lowers one site, the cheapest in damage per cost first.
 
-    Each site walks down its lower convex hull (of damage over time), so its own prices rise and
+    Each site walks down its lower convex hull (of damage over cost), so its own prices rise and
     the order of all steps by price is the optimal one for every prefix. Nested by construction.
     """
     steps = [step for site, row in options.items() for step in _steps(site, row, hull(row))]
@@ -78,7 +78,7 @@ def path(options: Options) -> list[Plan]:
 
 
 def fine_path(options: Options) -> list[Plan]:
-    """As `path`, but through every option that is faster than all larger ones, hull or not.
+    """As `path`, but through every option that is cheaper than all larger ones, hull or not.
 
     For models with so few layers that the hull has fewer corners than profiles are wanted.
     """
@@ -91,16 +91,16 @@ def fine_path(options: Options) -> list[Plan]:
 
 
 def falling(row: Sequence[Option]) -> list[int]:
-    """Places of the options that are faster than every larger one."""
+    """Places of the options that are cheaper than every larger one."""
     kept = [0]
     for i, option in enumerate(row):
-        if option.seconds < row[kept[-1]].seconds:
+        if option.cost < row[kept[-1]].cost:
             kept.append(i)
     return kept
 
 
 def hull(row: Sequence[Option]) -> list[int]:
-    """Places of the corners of the lower convex hull of (seconds, damage), dense first."""
+    """Places of the corners of the lower convex hull of (cost, damage), dense first."""
     kept: list[int] = []
     for i in falling(row):
         while len(kept) >= 2 and _price(row, kept[-2], kept[-1]) >= _price(row, kept[-1], i):
@@ -112,8 +112,8 @@ def hull(row: Sequence[Option]) -> list[int]:
 def cut(plans: Sequence[Plan], count: int) -> list[Plan]:
     """At most `count` distinct plans, smallest first, evenly spaced from Tiny to Max.
 
-    Distance is the share of the time between them and half the share of the drift up to
-    `DRIFT_MAX`: even in time, but denser where drift rises and still is worth having.
+    Distance is the share of the cost between them and half the share of the drift up to
+    `DRIFT_MAX`: even in cost, but denser where drift rises and still is worth having.
 
     Args:
         plans: A path, largest first.
@@ -137,11 +137,11 @@ def cut(plans: Sequence[Plan], count: int) -> list[Plan]:
 
 def _positions(plans: Sequence[Plan]) -> list[float]:
     """How far each plan is down the path: see `cut`."""
-    time = plans[0].seconds - plans[-1].seconds
+    whole = plans[0].cost - plans[-1].cost
     drifts = [min(plan.drift, DRIFT_MAX) for plan in plans]
     rise = drifts[-1] - drifts[0]
     return [
-        (plans[0].seconds - plan.seconds) / (time or 1.0)
+        (plans[0].cost - plan.cost) / (whole or 1.0)
         + DRIFT_WEIGHT * (drift - drifts[0]) / (rise or 1.0)
         for plan, drift in zip(plans, drifts, strict=True)
     ]
@@ -149,9 +149,9 @@ def _positions(plans: Sequence[Plan]) -> list[float]:
 
 def tiny(plans: Sequence[Plan]) -> int:
     """Place of the smallest plan worth having: see `SHARE_OF_MAX` and `DRIFT_MAX`."""
-    limit = SHARE_OF_MAX * plans[0].seconds
+    limit = SHARE_OF_MAX * plans[0].cost
     for i, plan in enumerate(plans):
-        if plan.seconds <= limit:
+        if plan.cost <= limit:
             beyond = [j for j in range(i, len(plans)) if plans[j].drift <= DRIFT_MAX]
             return max(i, max(beyond, default=i))
     return len(plans) - 1
@@ -159,14 +159,14 @@ def tiny(plans: Sequence[Plan]) -> int:
 
 def _steps(site: str, row: Sequence[Option], corners: Sequence[int]) -> list[_Step]:
     return [
-        _Step(site, j, row[i].seconds - row[j].seconds, row[j].damage - row[i].damage)
+        _Step(site, j, row[i].cost - row[j].cost, row[j].damage - row[i].damage)
         for i, j in pairwise(corners)
     ]
 
 
 def _price(row: Sequence[Option], i: int, j: int) -> float:
-    """Damage per second saved from option i to the faster option j."""
-    return (row[j].damage - row[i].damage) / (row[i].seconds - row[j].seconds)
+    """Damage per unit of cost saved from option i to the cheaper option j."""
+    return (row[j].damage - row[i].damage) / (row[i].cost - row[j].cost)
 
 
 def _walk(options: Options, steps: Sequence[_Step]) -> list[Plan]:
@@ -177,7 +177,7 @@ def _walk(options: Options, steps: Sequence[_Step]) -> list[Plan]:
         chosen = {site: row[at[site]] for site, row in options.items()}
         return Plan(
             {site: option.format for site, option in chosen.items()},
-            math.fsum(option.seconds for option in chosen.values()),
+            math.fsum(option.cost for option in chosen.values()),
             math.fsum(option.damage for option in chosen.values()),
         )
 

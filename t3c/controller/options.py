@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 
+from t3c.controller.costs import site_costs
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.gate import GateRow
+from t3c.core.objective import Objective
 from t3c.core.sites import ConvSite, LinearSite, Site
 from t3c.cost_models.base import AbstractCostModel, Row
 
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.125)
 """Shares of full rank on the coarse menu."""
 FOUR_BITS = 0.8
-"""A linear layer takes 4 bits for its smaller formats where dense int4 is predicted to need at most
-this share of dense int8's time: where weights are waited for."""
+"""A linear layer takes 4 bits for its smaller formats where dense int4 is predicted to cost at most
+this share of dense int8: in time, where weights are waited for."""
 
 
 def ranks(full: int, step: int, shares: Sequence[float] | None) -> list[int]:
@@ -72,8 +74,9 @@ def gate(
     cp: Mapping[str, int] | None = None,
     codes: bool = False,
     four: bool = False,
+    objective: Objective = Objective.LATENCY,
 ) -> tuple[GateRow, ...]:
-    """Every format of every site, with its predicted time; kept where it is faster than dense.
+    """Every format of every site with its time and cost; kept where it costs less than dense.
 
     Dense formats are always kept and come first at each site.
 
@@ -86,20 +89,28 @@ def gate(
         cp: Site name -> largest CP rank, for convolutions that become CP; None: none do.
         codes: Whether int8 codes flow between convolutions.
         four: Whether the target has kernels of 4-bit weights.
+        objective: What a format costs.
     """
     rows: list[GateRow] = []
     for name, site in sites.items():
-        thin = four and isinstance(site, LinearSite) and _waits(site, model, threads)
+        thin = four and isinstance(site, LinearSite) and _halves(site, model, threads, objective)
         menu = formats(site, step, shares, cp=(cp or {}).get(name, 0), four=thin)
         times = model.predict([Row(site, fmt, threads, codes) for fmt in menu])
-        dense = min(t for fmt, t in zip(menu, times, strict=True) if isinstance(fmt, Dense))
-        rows += [GateRow(name, fmt, t, dense) for fmt, t in zip(menu, times, strict=True)]
+        costs = site_costs(objective, site, menu, times)
+        dense = [i for i, fmt in enumerate(menu) if isinstance(fmt, Dense)]
+        quick, cheap = min(times[i] for i in dense), min(costs[i] for i in dense)
+        rows += [
+            GateRow(name, fmt, seconds, quick, cost, cheap, objective=objective)
+            for fmt, seconds, cost in zip(menu, times, costs, strict=True)
+        ]
     return tuple(rows)
 
 
-def _waits(site: LinearSite, model: AbstractCostModel, threads: int) -> bool:
-    """Whether a layer waits for its weights so long that half of them save most of the time."""
-    eight, less = model.predict([Row(site, Dense(bits), threads) for bits in (8, 4)])
+def _halves(site: LinearSite, model: AbstractCostModel, threads: int, objective: Objective) -> bool:
+    """Whether 4-bit weights save much: all of their bytes, or the time of waiting for them."""
+    both = [Dense(8), Dense(4)]
+    times = model.predict([Row(site, fmt, threads) for fmt in both])
+    eight, less = site_costs(objective, site, both, times)
     return less <= FOUR_BITS * eight
 
 

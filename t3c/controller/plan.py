@@ -11,6 +11,7 @@ from torch import Tensor
 from t3c.codegen.families import families_of
 from t3c.controller import chain as search
 from t3c.controller.calibrate import collect, factorize, kind_of, round_weights
+from t3c.controller.costs import ENERGY, check, has_four_bits, storage_bytes
 from t3c.controller.damage import DamageTable, Menu, measure
 from t3c.controller.grids import fit_grids
 from t3c.controller.options import SHARES, gate
@@ -19,11 +20,11 @@ from t3c.controller.statistics import correct
 from t3c.controller.suffix import Suffix
 from t3c.controller.verdict import Verdicts, settle
 from t3c.controller.work import other_bytes, peak_bytes, rest_of
-from t3c.core.codes import GROUP
 from t3c.core.errors import TargetError
-from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.formats import CP, Dense, Format
 from t3c.core.gate import GateRow
-from t3c.core.profile import Label, Profile, ProfileChain, Timing
+from t3c.core.objective import Objective
+from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.sites import LinearSite, Site
 from t3c.cost_models import AbstractCostModel, cost_model
 from t3c.cost_models.base import Work
@@ -47,6 +48,7 @@ class Plan:
         notes: What the user should know, for example that there are fewer profiles than wanted.
         sites: Site name -> site.
         fixed: Costs that all profiles share.
+        objective: What the chain is ordered by.
     """
 
     chain: ProfileChain
@@ -57,9 +59,13 @@ class Plan:
     notes: tuple[str, ...]
     sites: Mapping[str, Site]
     fixed: "Fixed"
+    objective: Objective = Objective.LATENCY
 
     def judged(self, verdicts: Verdicts) -> "Plan":
         """The plan with measured times in its gate, and without formats that do not win.
+
+        Where the objective is no time, no format leaves: multiply-adds, bytes and energy are
+        counted, and counting again gives the same.
 
         Args:
             verdicts: What was measured on the target.
@@ -67,21 +73,18 @@ class Plan:
         rows = tuple(
             replace(row, measured=verdicts.get((row.site, row.format))) for row in self.gate
         )
+        if self.objective is not Objective.LATENCY:
+            return replace(self, gate=rows)
         settled = settle([(p.name, p.formats) for p in self.chain], verdicts)
         if len(settled) == len(self.chain) and all(
             formats == p.formats for (_, formats), p in zip(settled, self.chain, strict=True)
         ):
             return replace(self, gate=rows)
-        predicted = {(row.site, row.format): row.predicted_s for row in self.gate}
         plans = [
-            search.Plan(
-                formats,
-                math.fsum(predicted[item] for item in formats.items()),
-                self.table.damage(formats),
-            )
+            search.Plan(formats, _seconds(formats, rows), self.table.damage(formats))
             for _, formats in settled
         ]
-        return replace(self, gate=rows, **_chain(plans, self.sites, self.fixed))
+        return replace(self, gate=rows, **_chain(plans, rows, self.sites, self.fixed))
 
 
 def plan(
@@ -94,6 +97,7 @@ def plan(
     threads: int = 1,
     model: AbstractCostModel | None = None,
     static: bool | None = None,
+    objective: Objective = Objective.LATENCY,
     progress: Progress | None = None,
 ) -> Plan:
     """Calibrate, measure the damage table, search the chain.
@@ -109,15 +113,17 @@ def plan(
         model: Predicts times; None: the target's roofline.
         static: Whether convolutions round activations to grids that are fixed here, so that int8
             tensors flow between them; None: where the target's kernels can.
+        objective: The cost that every step of the chain shall save.
         progress: Told where it is; None: nobody.
 
     Raises:
         T3CError: No batches, or values that are not finite.
-        TargetError: `static` is asked for and the target has no such kernels.
+        TargetError: `static` or `objective` asks for kernels that the target does not have.
         ValueError: `profiles` is below 1.
     """
     if profiles < 1:
         raise ValueError(f"{profiles} profiles wanted; a chain has at least 1")
+    check(objective, spec)
     progress = silent if progress is None else progress
     start = time.monotonic()
     limit = SECONDS if seconds is None else seconds
@@ -129,7 +135,9 @@ def plan(
     bits = families_of(spec).conv.activation_bits
     fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     predict = cost_model(spec) if model is None else model
-    decisions = menu_of(elastic, spec, predict, profiles, threads, codes=static)
+    decisions = menu_of(
+        elastic, spec, predict, profiles, threads, codes=static, objective=objective
+    )
     menu: Menu = {
         name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
     }
@@ -151,7 +159,7 @@ def plan(
             elastic.set_grids(fit_grids(elastic, batches, bits))
     options = {
         name: [
-            search.Option(d.format, d.predicted_s, table.entries[name][d.format].damage)
+            search.Option(d.format, d.cost, table.entries[name][d.format].damage)
             for d in decisions
             if d.site == name and d.kept
         ]
@@ -174,9 +182,10 @@ def plan(
             "from and will be higher on other data; pass more batches"
         )
     if len(plans) < profiles:
+        less = "faster" if objective is Objective.LATENCY else f"less ({objective.unit})"
         notes.append(
             f"{len(plans)} of {profiles} profiles: on {spec.name!r} only {len(path)} different "
-            f"choices are faster than dense (ranks are multiples of {spec.rank_step})"
+            f"choices are {less} than dense (ranks are multiples of {spec.rank_step})"
         )
     corrected = correct(elastic, [p.formats for p in plans], batches, limit / 4)
     if corrected:
@@ -195,24 +204,47 @@ def plan(
         threads,
     )
     return Plan(
-        **_chain(plans, elastic.sites, fixed),
+        **_chain(plans, decisions, elastic.sites, fixed, objective),
         gate=decisions,
         table=table,
         plain=plain,
         notes=tuple(notes),
         sites=elastic.sites,
         fixed=fixed,
+        objective=objective,
     )
 
 
 def _chain(
-    plans: Sequence[search.Plan], sites: Mapping[str, Site], fixed: "Fixed"
+    plans: Sequence[search.Plan],
+    gate: Sequence[GateRow],
+    sites: Mapping[str, Site],
+    fixed: "Fixed",
+    objective: Objective = Objective.LATENCY,
 ) -> dict[str, Any]:
     """Profiles with their names, and their predicted drift."""
     names = profile_names(len(plans))
-    made = [_profile(n, sites, p, fixed) for n, p in zip(names, plans, strict=True)]
+    made = [
+        _profile(name, sites, p.formats, _seconds(p.formats, gate), fixed)
+        for name, p in zip(names, plans, strict=True)
+    ]
+    if objective is Objective.ENERGY:
+        made = [replace(p, energy=_energy(p, sites, fixed)) for p in made]
     drift = {name: p.drift for name, p in zip(names, plans, strict=True)}
     return {"chain": ProfileChain(tuple(made)), "drift": drift}
+
+
+def _seconds(formats: Mapping[str, Format], gate: Sequence[GateRow]) -> float:
+    """Predicted time of all sites."""
+    predicted = {(row.site, row.format): row.predicted_s for row in gate}
+    return math.fsum(predicted[item] for item in formats.items())
+
+
+def _energy(profile: Profile, sites: Mapping[str, Site], fixed: "Fixed") -> Energy:
+    """Estimated energy of one call."""
+    chosen = [(sites[name], fmt) for name, fmt in profile.formats.items()]
+    inside = sum(ENERGY.site(site.macs(f), storage_bytes(site, f)) for site, f in chosen)
+    return Energy(inside + ENERGY.rest(fixed.rest, fixed.bytes), Label.ESTIMATED)
 
 
 def _static(spec: TargetSpec, wanted: bool | None) -> bool:
@@ -234,15 +266,27 @@ def menu_of(
     threads: int = 1,
     *,
     codes: bool = False,
+    objective: Objective = Objective.LATENCY,
 ) -> tuple[GateRow, ...]:
     """The coarse menu, or every rank where the coarse one is too small for that many profiles."""
     cp = {n: (x.fit_ranks(CP) or (0,))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
-    sites, step, four = elastic.sites, spec.rank_step, spec.roofline.int4_macs_s is not None
-    coarse = gate(sites, step, model, threads=threads, shares=SHARES, cp=cp, codes=codes, four=four)
+
+    def rows(shares: Sequence[float] | None) -> tuple[GateRow, ...]:
+        return gate(
+            elastic.sites,
+            spec.rank_step,
+            model,
+            threads=threads,
+            shares=shares,
+            cp=cp,
+            codes=codes,
+            four=has_four_bits(spec),
+            objective=objective,
+        )
+
+    coarse = rows(SHARES)
     smaller = sum(d.kept and not isinstance(d.format, Dense) for d in coarse)
-    if smaller >= 3 * profiles:
-        return coarse
-    return gate(sites, step, model, threads=threads, shares=None, cp=cp, codes=codes, four=four)
+    return coarse if smaller >= 3 * profiles else rows(None)
 
 
 def largest(menu: Menu) -> dict[str, tuple[int, ...]]:
@@ -260,29 +304,6 @@ def profile_names(count: int) -> list[str]:
     if count == 1:
         return ["max"]
     return ["tiny", *(f"p{i}" for i in range(1, count - 1)), "max"]
-
-
-def storage_bytes(site: Site, fmt: Format) -> int:
-    """Estimated bytes of a site: codes, a float32 scale for each output row, the float32 bias.
-
-    4-bit codes have a scale of two bytes for each row and group of 64 inputs instead.
-    """
-    outputs = site.n if isinstance(site, LinearSite) else site.out_channels
-    if fmt.bits == 4 and isinstance(site, LinearSite):
-        groups = outputs * math.ceil(site.k / GROUP)
-        if isinstance(fmt, LowRank):
-            groups = fmt.rank * math.ceil(site.k / GROUP) + outputs * math.ceil(fmt.rank / GROUP)
-        return math.ceil(site.elements(fmt) / 2) + 2 * groups + 4 * outputs
-    match fmt:
-        case Dense():
-            scales = outputs
-        case LowRank(rank):
-            scales = outputs + rank
-        case Tucker2(rank_in, rank_out):
-            scales = outputs + rank_in + rank_out
-        case CP(rank):
-            scales = outputs + rank
-    return math.ceil(site.elements(fmt) * fmt.bits / 8) + 4 * (scales + outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,16 +325,30 @@ class Fixed:
     threads: int
 
 
-def _profile(name: str, sites: Mapping[str, Site], plan: search.Plan, fixed: Fixed) -> Profile:
-    """A profile with predicted time, counted multiply-adds and estimated bytes."""
-    stored = sum(storage_bytes(site, plan.formats[n]) for n, site in sites.items()) + fixed.bytes
-    macs = sum(site.macs(plan.formats[n]) for n, site in sites.items()) + fixed.rest.f32_macs
-    seconds = plan.seconds + fixed.seconds
+def _profile(
+    name: str,
+    sites: Mapping[str, Site],
+    formats: Mapping[str, Format],
+    seconds: float,
+    fixed: Fixed,
+) -> Profile:
+    """A profile with predicted time, counted multiply-adds and estimated bytes.
+
+    Args:
+        name: Its name.
+        sites: Site name -> site.
+        formats: Site name -> format.
+        seconds: Predicted time of all sites.
+        fixed: Everything else.
+    """
+    stored = sum(storage_bytes(site, formats[n]) for n, site in sites.items()) + fixed.bytes
+    macs = sum(site.macs(formats[n]) for n, site in sites.items()) + fixed.rest.f32_macs
+    whole = seconds + fixed.seconds
     return Profile(
         name,
-        dict(plan.formats),
+        dict(formats),
         macs=macs,
         storage_bytes=stored,
         ram_bytes=stored + fixed.peak,
-        latency=Timing(seconds, seconds, Label.PREDICTED, threads=fixed.threads),
+        latency=Timing(whole, whole, Label.PREDICTED, threads=fixed.threads),
     )

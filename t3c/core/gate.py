@@ -1,8 +1,9 @@
-"""The table of the no-slower gate: what each format of each layer was said and seen to cost."""
+"""The table of the gate: what each format of each layer was said and seen to cost."""
 
 from dataclasses import dataclass
 
 from t3c.core.formats import Dense, Format
+from t3c.core.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +37,28 @@ class GateRow:
         format: The format.
         predicted_s: Its predicted time.
         dense_predicted_s: Predicted time of the fastest dense form.
+        cost: Its cost in units of the objective.
+        dense_cost: Of the cheapest dense form.
         measured: What was measured on the target; None: nothing, or no profile asked for it.
+        objective: What the chain is ordered by. Times decide where it is latency, else costs.
     """
 
     site: str
     format: Format
     predicted_s: float
     dense_predicted_s: float
+    cost: float
+    dense_cost: float
     measured: Measured | None = None
+    objective: Objective = Objective.LATENCY
 
     @property
     def kept(self) -> bool:
         """Whether profiles may use the format: measured times win over predicted ones."""
         if isinstance(self.format, Dense):
             return True
+        if self.objective is not Objective.LATENCY:
+            return self.cost < self.dense_cost
         if self.measured is not None:
             return self.measured.wins
         return self.predicted_s < self.dense_predicted_s
@@ -58,6 +67,12 @@ class GateRow:
     def reason(self) -> str:
         """The comparison, in words."""
         what = f"{self.format} at {self.site}"
+        if self.objective is not Objective.LATENCY:
+            verdict = "less" if self.cost < self.dense_cost else "not less"
+            unit = self.objective.unit
+            return (
+                f"{what}: {self.cost:.3g} {unit}, {verdict} than dense with {self.dense_cost:.3g}"
+            )
         if self.measured is None:
             verdict = "faster" if self.predicted_s < self.dense_predicted_s else "not faster"
             return (

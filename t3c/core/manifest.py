@@ -29,6 +29,7 @@ from t3c.core.errors import ArtifactError
 from t3c.core.fields import Fields
 from t3c.core.formats import parse_format
 from t3c.core.gate import GateRow, Measured
+from t3c.core.objective import Objective, parse_objective
 from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.report import ConversionReport, Outcome, Row
 from t3c.core.structure import Tree, leaves, problem
@@ -170,6 +171,7 @@ class Manifest:
         versions: Tool name -> version: t3c, torch, tvm and others.
         report: What happened to every layer.
         gate: Every format of every layer that was considered, with its times.
+        objective: What the chain is ordered by.
         assumptions: What `lower` assumed because the user did not say.
         calibration_sha256: Hash of the calibration inputs; None if nothing was calibrated.
         created: UTC, ISO 8601; SOURCE_DATE_EPOCH is honoured.
@@ -188,6 +190,7 @@ class Manifest:
     versions: Mapping[str, str]
     report: ConversionReport = field(default_factory=ConversionReport)
     gate: tuple[GateRow, ...] = ()
+    objective: Objective = Objective.LATENCY
     assumptions: tuple[str, ...] = ()
     calibration_sha256: str | None = None
     created: str = field(default_factory=lambda: _now())
@@ -247,6 +250,7 @@ class Manifest:
             "profiles": [_profile_to_json(p) for p in self.profiles],
             "report": self.report.to_json(),
             "gate": [_gate_to_json(row) for row in self.gate],
+            "objective": str(self.objective),
             "assumptions": list(self.assumptions),
             "calibration_sha256": self.calibration_sha256,
             "files": [asdict(f) for f in self.files],
@@ -286,6 +290,7 @@ class Manifest:
                 profiles=f.each("profiles", _profile_from_json),
                 report=ConversionReport(f.each("report", _row_from_json)),
                 gate=f.optional("gate", lambda k: f.each(k, _gate_from_json)) or (),
+                objective=_objective(f),
                 assumptions=f.texts("assumptions"),
                 calibration_sha256=f.optional("calibration_sha256", f.text),
                 files=f.each("files", _file_from_json),
@@ -522,19 +527,33 @@ def _gate_to_json(row: GateRow) -> dict[str, Any]:
         "format": str(row.format),
         "predicted_s": row.predicted_s,
         "dense_predicted_s": row.dense_predicted_s,
+        "objective": str(row.objective),
+        "cost": row.cost,
+        "dense_cost": row.dense_cost,
         "measured": None if row.measured is None else asdict(row.measured),
         "kept": row.kept,
     }
 
 
 def _gate_from_json(f: Fields) -> GateRow:
+    seconds, dense_seconds = f.number("predicted_s"), f.number("dense_predicted_s")
+    cost, dense_cost = (f.optional(key, f.number) for key in ("cost", "dense_cost"))
     return GateRow(
         f.text("site"),
         parse_format(f.text("format")),
-        f.number("predicted_s"),
-        f.number("dense_predicted_s"),
+        seconds,
+        dense_seconds,
+        seconds if cost is None else cost,  # rows written before there were other objectives
+        dense_seconds if dense_cost is None else dense_cost,
         f.optional("measured", lambda k: f.within(k, _measured_from_json)),
+        _objective(f),
     )
+
+
+def _objective(f: Fields) -> Objective:
+    """The objective; latency in files from before there were others."""
+    found = f.optional("objective", f.text)
+    return Objective.LATENCY if found is None else parse_objective(found)
 
 
 def _measured_from_json(f: Fields) -> Measured:

@@ -9,6 +9,7 @@ from rich.table import Table
 from t3c.core.certificate import MEASURED, PAPER, Certificate, Proxy
 from t3c.core.gate import GateRow
 from t3c.core.manifest import CompiledProfile
+from t3c.core.objective import Objective
 from t3c.core.profile import Profile, Timing
 from t3c.core.report import ConversionReport
 
@@ -142,15 +143,18 @@ def conversion(report: ConversionReport, title: str = "Conversion report") -> Ta
     return table
 
 
-def gate(rows: Sequence[GateRow], title: str = "The no-slower gate") -> Table:
-    """One row per layer and format: predicted and measured times, and what followed."""
+def gate(rows: Sequence[GateRow], title: str = "The gate") -> Table:
+    """One row per layer and format: predicted and measured times, costs, and what followed."""
+    counted = [row for row in rows if row.objective is not Objective.LATENCY]
+    costs = (f"cost, {counted[0].objective.unit}", "of dense") if counted else ()
     table = _table(
         title,
         ("layer", "format"),
-        ("predicted us", "of dense", "measured us", "of dense", "at most", "kept"),
+        ("predicted us", "of dense", "measured us", "of dense", "at most", *costs, "kept"),
     )
     for row in rows:
         seen = row.measured
+        cells = [row.cost, row.cost / row.dense_cost] if counted else []
         table.add_row(
             row.site,
             str(row.format),
@@ -159,6 +163,7 @@ def gate(rows: Sequence[GateRow], title: str = "The no-slower gate") -> Table:
             number(None if seen is None else seen.seconds * 1e6),
             number(None if seen is None else seen.ratio),
             number(None if seen is None else seen.high),
+            *map(number, cells),
             "yes" if row.kept else "no",
         )
     return table

@@ -37,14 +37,14 @@ def menus(draw: st.DrawFn) -> dict[str, list[Option]]:
 
 @settings(max_examples=200, deadline=None)
 @given(menus(), st.integers(1, 12))
-def test_chains_are_nested_distinct_and_strictly_faster_downwards(
+def test_chains_are_nested_distinct_and_strictly_cheaper_downwards(
     menu: dict[str, list[Option]], count: int
 ) -> None:
     for make in (path, fine_path):
         plans = cut(make(menu), count)
         assert 1 <= len(plans) <= count
         for small, large in itertools.pairwise(plans):
-            assert small.seconds < large.seconds
+            assert small.cost < large.cost
             assert small.damage >= large.damage
             assert small.formats != large.formats
             assert all(at_most(small.formats[s], large.formats[s]) for s in menu)
@@ -53,14 +53,14 @@ def test_chains_are_nested_distinct_and_strictly_faster_downwards(
 
 @settings(max_examples=100, deadline=None)
 @given(menus())
-def test_each_plan_is_the_least_damage_at_its_time(menu: dict[str, list[Option]]) -> None:
+def test_each_plan_is_the_least_damage_at_its_cost(menu: dict[str, list[Option]]) -> None:
     menu = dict(itertools.islice(menu.items(), 4))
     plans = path(menu)
     for choice in itertools.product(*menu.values()):
-        seconds = math.fsum(o.seconds for o in choice)
+        cost = math.fsum(o.cost for o in choice)
         damage = math.fsum(o.damage for o in choice)
         for plan in plans:  # no choice beats a plan in both
-            assert not (seconds < plan.seconds * (1 - 1e-9) and damage < plan.damage - 1e-12)
+            assert not (cost < plan.cost * (1 - 1e-9) and damage < plan.damage - 1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -71,7 +71,7 @@ def test_hull_prices_rise(menu: dict[str, list[Option]]) -> None:
         assert corners[0] == 0
         assert set(corners) <= set(falling(row))
         prices = [
-            (row[j].damage - row[i].damage) / (row[i].seconds - row[j].seconds)
+            (row[j].damage - row[i].damage) / (row[i].cost - row[j].cost)
             for i, j in itertools.pairwise(corners)
         ]
         assert prices == sorted(prices)
@@ -79,7 +79,7 @@ def test_hull_prices_rise(menu: dict[str, list[Option]]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(menus())
-def test_the_fine_path_visits_every_faster_option(menu: dict[str, list[Option]]) -> None:
+def test_the_fine_path_visits_every_cheaper_option(menu: dict[str, list[Option]]) -> None:
     steps = sum(len(falling(row)) - 1 for row in menu.values())
     assert len(fine_path(menu)) == steps + 1
     assert len(path(menu)) <= steps + 1
@@ -93,17 +93,17 @@ def ladder(drifts: list[float]) -> list[Option]:
     ]
 
 
-def test_tiny_reaches_its_share_of_time_however_much_drift_that_costs() -> None:
+def test_tiny_reaches_its_share_of_cost_however_much_drift_that_costs() -> None:
     plans = path({"fc": ladder([0, 0.5, 0.8, 1, 1.2, 1.3, 1.4, 1.5, 1.6])})
     at = plans[tiny(plans)]
-    assert at.seconds <= SHARE_OF_MAX * plans[0].seconds
-    assert plans[tiny(plans) - 1].seconds > SHARE_OF_MAX * plans[0].seconds
+    assert at.cost <= SHARE_OF_MAX * plans[0].cost
+    assert plans[tiny(plans) - 1].cost > SHARE_OF_MAX * plans[0].cost
 
 
 def test_tiny_goes_on_while_drift_is_small() -> None:
     plans = path({"fc": ladder([0, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.26, 0.6])})
     at = plans[tiny(plans)]
-    assert at.seconds == pytest.approx(0.3e-3)
+    assert at.cost == pytest.approx(0.3e-3)
     assert at.drift <= DRIFT_MAX
 
 
@@ -129,7 +129,7 @@ def test_profiles_are_spread_evenly() -> None:
             row.append(Option(LowRank(rank), 1e-3 * rank / 200, damage))
         menu[f"s{i}"] = row
     plans = cut(path(menu), 8)
-    gaps = [large.seconds - small.seconds for small, large in itertools.pairwise(plans)]
+    gaps = [large.cost - small.cost for small, large in itertools.pairwise(plans)]
     assert max(gaps) < 2.5 * min(gaps)
 
 

@@ -21,6 +21,7 @@ from t3c.core.certificate import (
 )
 from t3c.core.errors import ArtifactError
 from t3c.core.formats import Dense, LowRank
+from t3c.core.gate import GateRow
 from t3c.core.manifest import (
     SCHEMA,
     CompiledProfile,
@@ -30,6 +31,7 @@ from t3c.core.manifest import (
     TargetInfo,
     TensorSpec,
 )
+from t3c.core.objective import Objective
 from t3c.core.profile import Energy, Label, Profile, Timing
 from t3c.core.report import ConversionReport, Row
 from t3c.core.structure import LEAF
@@ -93,6 +95,22 @@ def through_json(manifest: Manifest) -> Any:
 
 def test_a_manifest_comes_back_equal() -> None:
     assert Manifest.from_json(through_json(example())) == example(created=example().created)
+
+
+def test_gates_come_back_with_their_objective_and_older_ones_are_about_time() -> None:
+    row = GateRow("fc", LowRank(8), 1.0, 2.0, 30.0, 40.0, objective=Objective.MACS)
+    one = example(gate=(row,), objective=Objective.MACS)
+    data = through_json(one)
+    assert Manifest.from_json(data) == one
+    for key in ("objective", "cost", "dense_cost"):
+        del data["gate"][0][key]
+    del data["objective"]
+    older = Manifest.from_json(data)
+    assert older.objective is Objective.LATENCY
+    assert older.gate == (GateRow("fc", LowRank(8), 1.0, 2.0, 1.0, 2.0),)
+    data["objective"] = "speed"
+    with pytest.raises(ArtifactError, match="objective is 'speed'; allowed are"):
+        Manifest.from_json(data)
 
 
 def test_what_is_unknown_is_none_and_comes_back() -> None:
@@ -162,7 +180,7 @@ def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, message: str)
 
 
 @pytest.mark.parametrize(
-    "key", sorted(set(through_json(example())) - {"calibration_sha256", "gate"})
+    "key", sorted(set(through_json(example())) - {"calibration_sha256", "gate", "objective"})
 )
 def test_a_missing_field_is_named(key: str) -> None:
     data = through_json(example())

@@ -1,0 +1,77 @@
+"""Costs of a site in a format, for every objective, and the energy of a whole profile."""
+
+import math
+from collections.abc import Sequence
+
+from t3c.core.codes import GROUP
+from t3c.core.errors import TargetError
+from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
+from t3c.core.objective import Objective
+from t3c.core.sites import LinearSite, Site
+from t3c.cost_models.energy import EnergyModel
+from t3c.targets.base import TargetSpec
+
+ENERGY = EnergyModel()
+
+
+def site_costs(
+    objective: Objective, site: Site, menu: Sequence[Format], seconds: Sequence[float]
+) -> list[float]:
+    """Cost of a site in each format of its menu, in units of the objective.
+
+    Args:
+        objective: What counts.
+        site: The site.
+        menu: Its formats.
+        seconds: Predicted time of each.
+    """
+    match objective:
+        case Objective.LATENCY:
+            return list(seconds)
+        case Objective.MACS:
+            return [float(site.macs(fmt)) for fmt in menu]
+        case Objective.BYTES:
+            return [float(storage_bytes(site, fmt)) for fmt in menu]
+        case Objective.ENERGY:
+            return [ENERGY.site(site.macs(fmt), storage_bytes(site, fmt)) for fmt in menu]
+
+
+def check(objective: Objective, spec: TargetSpec) -> None:
+    """Refuse an objective that a target has no formats for.
+
+    Raises:
+        TargetError: Bytes fall by 4-bit weights first, and the target has no such kernels.
+    """
+    if objective is Objective.BYTES and not has_four_bits(spec):
+        raise TargetError(
+            f"objective 'bytes' needs kernels of 4-bit weights, and target {spec.name!r} has none; "
+            "use 'latency', 'macs' or 'energy' there"
+        )
+
+
+def has_four_bits(spec: TargetSpec) -> bool:
+    """Whether the target has kernels of 4-bit weights, for linear layers."""
+    return spec.roofline.int4_macs_s is not None
+
+
+def storage_bytes(site: Site, fmt: Format) -> int:
+    """Estimated bytes of a site: codes, a float32 scale for each output row, the float32 bias.
+
+    4-bit codes have a scale of two bytes for each row and group of 64 inputs instead.
+    """
+    outputs = site.n if isinstance(site, LinearSite) else site.out_channels
+    if fmt.bits == 4 and isinstance(site, LinearSite):
+        groups = outputs * math.ceil(site.k / GROUP)
+        if isinstance(fmt, LowRank):
+            groups = fmt.rank * math.ceil(site.k / GROUP) + outputs * math.ceil(fmt.rank / GROUP)
+        return math.ceil(site.elements(fmt) / 2) + 2 * groups + 4 * outputs
+    match fmt:
+        case Dense():
+            scales = outputs
+        case LowRank(rank):
+            scales = outputs + rank
+        case Tucker2(rank_in, rank_out):
+            scales = outputs + rank_in + rank_out
+        case CP(rank):
+            scales = outputs + rank
+    return math.ceil(site.elements(fmt) * fmt.bits / 8) + 4 * (scales + outputs)

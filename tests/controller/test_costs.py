@@ -1,0 +1,121 @@
+"""What a chain is ordered by: every objective prices the same menu in its own units."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from t3c.controller.costs import check, site_costs, storage_bytes
+from t3c.controller.options import gate
+from t3c.controller.plan import plan
+from t3c.core.errors import TargetError
+from t3c.core.formats import Dense, LowRank, at_most
+from t3c.core.gate import GateRow, Measured
+from t3c.core.objective import Objective
+from t3c.core.profile import Label
+from t3c.core.sites import LinearSite, Site
+from t3c.cost_models import cost_model
+from t3c.targets import get
+from t3c.targets.x86 import VNNI
+from tests.controller.models import block, mlp, more
+
+SITES: dict[str, Site] = {
+    "q": LinearSite("q", 384, 384, 128, True),
+    "up": LinearSite("up", 1536, 384, 128, True),
+}
+
+
+def rows_of(objective: Objective) -> dict[str, list[GateRow]]:
+    rows = gate(SITES, 16, cost_model(VNNI), four=True, objective=objective)
+    return {name: [row for row in rows if row.site == name] for name in SITES}
+
+
+def test_costs_are_counted_in_the_units_of_the_objective() -> None:
+    site, menu = SITES["q"], [Dense(8), Dense(4), LowRank(64, 4)]
+    assert site_costs(Objective.LATENCY, site, menu, [3.0, 2.0, 1.0]) == [3.0, 2.0, 1.0]
+    macs = [128 * 384 * 384, 128 * 384 * 384, 128 * 64 * 768]
+    assert site_costs(Objective.MACS, site, menu, []) == macs
+    assert site_costs(Objective.BYTES, site, menu, []) == [storage_bytes(site, f) for f in menu]
+    energy = site_costs(Objective.ENERGY, site, menu, [])
+    assert energy == sorted(energy, reverse=True)
+    assert energy[0] == pytest.approx(macs[0] * 0.3e-12 + storage_bytes(site, menu[0]) * 162.5e-12)
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_menus_are_nested_and_keep_what_costs_less(objective: Objective) -> None:
+    for rows in rows_of(objective).values():
+        assert all(at_most(b.format, a.format) for a, b in itertools.pairwise(rows))
+        least = min(row.cost for row in rows if isinstance(row.format, Dense))
+        for row in rows:
+            assert row.dense_cost == least
+            assert row.kept == (isinstance(row.format, Dense) or row.cost < least)
+
+
+def test_bytes_fall_by_four_bits_first_and_products_never() -> None:
+    for rows in rows_of(Objective.BYTES).values():
+        assert [row.format for row in rows[:2]] == [Dense(8), Dense(4)]
+        assert all(row.format.bits == 4 for row in rows[1:])
+    for rows in rows_of(Objective.MACS).values():
+        assert all(row.format.bits == 8 for row in rows)
+
+
+def test_a_format_that_measures_slower_stays_where_time_is_no_objective() -> None:
+    slow = Measured(2.0, 1.0, 2.0, 2.1)
+    row = GateRow("q", LowRank(64), 1.0, 2.0, 10.0, 20.0, slow, Objective.MACS)
+    assert row.kept
+    assert row.reason == ("lowrank-r64-int8 at q: 10 multiply-adds, less than dense with 20")
+    assert not GateRow("q", LowRank(64), 1.0, 2.0, 10.0, 20.0, slow).kept
+
+
+def test_bytes_are_refused_where_there_are_no_four_bit_kernels() -> None:
+    spec = get("cuda")
+    with pytest.raises(TargetError, match="'bytes' needs kernels of 4-bit weights, and target 'cu"):
+        check(Objective.BYTES, spec)
+    for objective in (Objective.LATENCY, Objective.MACS, Objective.ENERGY):
+        check(objective, spec)
+    model = mlp()
+    with pytest.raises(TargetError, match="'bytes' needs kernels of 4-bit weights"):
+        plan(model, [model.example_inputs], spec, objective=Objective.BYTES)
+
+
+@pytest.mark.parametrize("objective", [Objective.MACS, Objective.BYTES, Objective.ENERGY])
+def test_every_step_of_a_chain_saves_what_was_asked_for(objective: Objective) -> None:
+    model = block()
+    found = plan(model, more(model, 2), VNNI, profiles=4, seconds=math.inf, objective=objective)
+    assert found.objective is objective
+    costs = {(row.site, row.format): row.cost for row in found.gate}
+    chain = [math.fsum(costs[item] for item in p.formats.items()) for p in found.chain]
+    assert len(chain) == 4
+    assert chain == sorted(set(chain))
+    assert all(fmt == Dense(8) for fmt in found.chain.profiles[-1].formats.values())
+    for profile in found.chain:
+        assert profile.latency is not None
+        assert (profile.energy is not None) == (objective is Objective.ENERGY)
+        if profile.energy is not None:
+            assert profile.energy.label is Label.ESTIMATED
+            assert profile.energy.joules > 0
+    lost = Measured(2.0, 1.0, 2.0, 2.1)
+    verdicts = dict.fromkeys(costs, lost)
+    judged = found.judged(verdicts)
+    assert judged.chain == found.chain
+    assert {row.measured for row in judged.gate} == {lost}
+
+
+def test_rows_that_no_output_depends_on_do_not_shape_the_factors() -> None:
+    from t3c.controller.calibrate import collect
+
+    model = mlp()
+    (x,) = model.example_inputs
+    graph, half = model.graph, len(x) // 2
+    call = next(n for n in graph.graph.nodes if n.op == "output")
+    (y,) = call.args[0]
+    with graph.graph.inserting_before(call):
+        kept = graph.graph.call_function(torch.narrow, (y, 0, 0, half))
+    call.args = ((kept,),)
+    graph.recompile()
+    wild = torch.cat([x[:half], 1e3 * torch.randn(len(x) - half, x.shape[1])])
+    moment = collect(model, [(wild,)])["fc0"]
+    assert moment.rows == half
+    np.testing.assert_allclose(moment.total, x[:half].T @ x[:half], rtol=1e-4, atol=1e-4)
