@@ -14,10 +14,11 @@ from torch import Tensor
 
 from t3c.codegen.families import families_of
 from t3c.controller.calibrate import collect, factorize, round_weights
+from t3c.controller.costs import storage_bytes
 from t3c.controller.damage import DamageTable
 from t3c.controller.grids import fit_grids
 from t3c.controller.options import gate
-from t3c.controller.plan import Fixed, Plan, largest, storage_bytes
+from t3c.controller.plan import Fixed, Plan, largest
 from t3c.controller.suffix import Suffix
 from t3c.controller.work import other_bytes, peak_bytes, rest_of
 from t3c.core.formats import Format

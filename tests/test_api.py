@@ -459,7 +459,7 @@ def test_a_chain_for_bytes_is_proved_and_runs(tmp_path: Path) -> None:
         example_inputs=(draw(0, 2, 96),),
         out=tmp_path / "net",
         objective="bytes",
-        profiles=3,
+        profiles=2,
         calls=0,
     )
     sizes = [c.profile.storage_bytes for c in artifact.manifest.profiles]

@@ -11,7 +11,7 @@ from t3c.controller.costs import check, site_costs, storage_bytes
 from t3c.controller.options import gate
 from t3c.controller.plan import plan
 from t3c.core.errors import TargetError
-from t3c.core.formats import Dense, LowRank, at_most
+from t3c.core.formats import Dense, Format, LowRank, at_most
 from t3c.core.gate import GateRow, Measured
 from t3c.core.objective import Objective
 from t3c.core.profile import Label
@@ -33,7 +33,8 @@ def rows_of(objective: Objective) -> dict[str, list[GateRow]]:
 
 
 def test_costs_are_counted_in_the_units_of_the_objective() -> None:
-    site, menu = SITES["q"], [Dense(8), Dense(4), LowRank(64, 4)]
+    site = SITES["q"]
+    menu: list[Format] = [Dense(8), Dense(4), LowRank(64, 4)]
     assert site_costs(Objective.LATENCY, site, menu, [3.0, 2.0, 1.0]) == [3.0, 2.0, 1.0]
     macs = [128 * 384 * 384, 128 * 384 * 384, 128 * 64 * 768]
     assert site_costs(Objective.MACS, site, menu, []) == macs

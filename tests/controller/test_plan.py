@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from t3c.controller.calibrate import Moment, calibrate, collect, kind_of, split
+from t3c.controller.costs import storage_bytes
 from t3c.controller.damage import (
     DamageTable,
     Menu,
     _scaled,  # pyright: ignore[reportPrivateUsage]
     measure,
 )
-from t3c.controller.plan import Plan, plan, profile_names, storage_bytes
+from t3c.controller.plan import Plan, plan, profile_names
 from t3c.controller.suffix import Suffix, floats
 from t3c.core.budget import Budget, Selector
 from t3c.core.codes import Matrix, quantize_weight
