@@ -43,6 +43,11 @@ def minilm() -> Built:
     return _ready(model), _text(30522)
 
 
+def resnet18() -> Built:
+    """ResNet-18, 224 x 224."""
+    return _resnet([2, 2, 2, 2], layer_type="basic", hidden_sizes=[64, 128, 256, 512])
+
+
 def resnet50() -> Built:
     """ResNet-50, 224 x 224."""
     return _resnet([3, 4, 6, 3])
@@ -53,9 +58,9 @@ def resnet101() -> Built:
     return _resnet([3, 4, 23, 3])
 
 
-def _resnet(depths: list[int]) -> Built:
+def _resnet(depths: list[int], **shape: Any) -> Built:
     torch.manual_seed(0)
-    model = tr.ResNetForImageClassification(tr.ResNetConfig(depths=depths, **LABELS))
+    model = tr.ResNetForImageClassification(tr.ResNetConfig(depths=depths, **shape, **LABELS))
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # the plain mean over all batches
@@ -136,5 +141,5 @@ ALL = {
     f.__name__: f for f in (minilm, resnet50, vit_b16, bert_base, distilbert, swin_t, tinyllama_2)
 }
 """Seven architectures, one of each kind."""
-MORE = {f.__name__: f for f in (resnet101, vit_l16, roberta, tinyllama_4)}
+MORE = {f.__name__: f for f in (resnet18, resnet101, vit_l16, roberta, tinyllama_4)}
 """Larger and further ones, for benchmarks."""

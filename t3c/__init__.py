@@ -21,6 +21,7 @@ from t3c.core.errors import (
 
 if TYPE_CHECKING:
     from t3c.api import certify, elasticize, lower
+    from t3c.runtime.governor import Governor, govern
     from t3c.runtime.session import Session, load
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "CertificateError",
+    "Governor",
     "InfeasibleBudget",
     "LoweringError",
     "ParityError",
@@ -37,6 +39,7 @@ __all__ = [
     "TargetError",
     "certify",
     "elasticize",
+    "govern",
     "load",
     "lower",
 ]
@@ -45,6 +48,8 @@ _LAZY = {
     "certify": "t3c.api",
     "elasticize": "t3c.api",
     "lower": "t3c.api",
+    "govern": "t3c.runtime.governor",
+    "Governor": "t3c.runtime.governor",
     "load": "t3c.runtime.session",
     "Session": "t3c.runtime.session",
 }

@@ -230,11 +230,21 @@ def run(
     inputs: Inputs = None,
     outputs: Annotated[Path | None, typer.Option("--outputs", help="npz file to write.")] = None,
     threads: Threads = None,
+    govern: Annotated[
+        float | None,
+        typer.Option(help="Call it for so many seconds, the profile by what calls really take."),
+    ] = None,
+    percentile: Annotated[
+        float, typer.Option(help="With --govern: share of calls that must keep --latency-ms.")
+    ] = 95.0,
+    metrics: Annotated[
+        Path | None, typer.Option(help="With --govern: Prometheus text file to write.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Run one profile, by name or by budget."""
+    """Run one profile, by name or by budget; or many calls under a governed budget."""
     with command(as_json, quiet, debug) as console:
         limits = {
             "latency_ms": latency_ms,
@@ -247,7 +257,15 @@ def run(
         budget = {name: limit for name, limit in limits.items() if limit is not None}
         if profile is not None and budget:
             raise ValueError(f"--profile and a budget ({', '.join(budget)}) exclude each other")
+        if govern is None and metrics is not None:
+            raise ValueError("--metrics goes with --govern SECONDS")
+        if govern is not None and (profile is not None or outputs is not None):
+            raise ValueError("--govern takes a budget, not --profile, and writes no --outputs")
         session = _open(artifact, threads)
+        if govern is not None:
+            given = _inputs(session.manifest, inputs, console)
+            _govern(console, session, given, govern, metrics, budget | {"percentile": percentile})
+            return
         if profile is not None:
             session.set_profile(profile)
         if budget:
@@ -490,6 +508,43 @@ def invent_inputs(manifest: Manifest) -> dict[str, Any]:
 def main() -> None:
     """Entry point of the `t3c` command."""
     app()
+
+
+def _govern(
+    console: Out,
+    session: Any,
+    given: Mapping[str, Any],
+    seconds: float,
+    metrics: Path | None,
+    budget: Mapping[str, float],
+) -> None:
+    """Call a session under a governor for some time, and tell what happened."""
+    if not 0.0 < seconds < float("inf"):
+        raise ValueError(f"--govern {seconds}: give a positive number of seconds")
+    govern: Any = import_module("t3c.runtime.governor").govern
+    with govern(session, **budget) as governor:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            governor(**given)
+        found = governor.statistics()
+        if metrics is not None:
+            metrics.write_text(governor.prometheus())
+    rows = [
+        {
+            "profile": name,
+            "calls": row["calls"],
+            "mean ms": row["seconds"] / row["calls"] * 1e3,
+            "over budget": row["over_budget"],
+        }
+        for name, row in found["profiles"].items()
+        if row["calls"]
+    ]
+    console.show(tables.plain(rows))
+    console.show(
+        f"{found['over_budget']} of {found['calls']} calls over the budget, "
+        f"{found['switches']} switches, slowdown {found['slowdown']:.2f}"
+    )
+    console.data(found)
 
 
 def _open(path: Path, threads: int | None) -> Any:

@@ -74,6 +74,37 @@ def test_run_picks_a_profile_and_writes_outputs(artifact: Artifact, tmp_path: Pa
     assert "invented" not in call("run", artifact.path, "--quiet").stderr
 
 
+def test_run_governs_for_some_time_and_writes_metrics(artifact: Artifact, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.prom"
+    options = ("--latency-ms", 1e4, "--govern", 0.05, "--quiet")
+    done = call("run", artifact.path, *options, "--metrics", file, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["calls"] == found["profiles"]["max"]["calls"] > 0
+    assert found["percentile"] == 95.0
+    assert f't3c_governor_calls_total{{profile="max"}} {found["calls"]}' in file.read_text()
+    assert "0 of " in call("run", artifact.path, *options).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "match", "code"),
+    [
+        (("--metrics", "x"), "goes with --govern", 2),
+        (("--govern", 1, "-p", "max"), "takes a budget", 2),
+        (("--govern", 1), "govern needs latency_ms", 2),
+        (("--govern", 0, "--latency-ms", 9), "positive number of seconds", 2),
+        (("--govern", 1, "--latency-ms", 9, "--percentile", 100), "50 to below 100", 2),
+        (("--govern", 1, "--latency-ms", 0.1), "smallest feasible budget", 3),
+    ],
+)
+def test_run_refuses_what_cannot_be_governed(
+    artifact: Artifact, options: tuple[object, ...], match: str, code: int
+) -> None:
+    done = call("run", artifact.path, *options)
+    assert done.exit_code == code
+    assert match in done.stderr
+
+
 def test_bench_times_every_profile(artifact: Artifact) -> None:
     done = call("bench", artifact.path, "--calls", 5, "--warmup", 1, "--json", "-q")
     rows = json.loads(done.stdout)["profiles"]
