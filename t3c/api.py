@@ -102,7 +102,8 @@ def elasticize(
         exclude: Globs over module paths that stay as they are.
         conv: Factorization of k x k convolutions: ``tucker2`` or ``cp``.
         factorizer: What makes the low ranks of linear layers and 1x1 convolutions: ``svd``,
-            ``whitened-svd`` (in the metric of the inputs) or ``kronecker-svd`` (of both sides).
+            ``whitened-svd`` (in the metric of the inputs), ``kronecker-svd`` (of both sides) or
+            ``saes-svd`` (as before, and each layer makes up for errors of those before it).
         tables: Whether profiles read embedding tables in int8, with a scale for each row.
 
     Raises:

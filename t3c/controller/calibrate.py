@@ -10,9 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from t3c.controller.compensate import Pair, walk
 from t3c.controller.gradients import Seen, look
 from t3c.controller.progress import Progress, silent
-from t3c.controller.suffix import rows_of
+from t3c.controller.suffix import rows_of, site_calls
 from t3c.core.codes import Grouped, Matrix
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Format, LowRank, Tucker2
@@ -21,6 +22,8 @@ from t3c.core.sites import ConvSite, LinearSite, Site
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.factorize import FACTORIZATIONS
 from t3c.elastic.factorize.base import AbstractFactorizer, Factors, Ranks
+from t3c.elastic.factorize.saes_svd import SAES_SVD, SaesSvd
+from t3c.elastic.factorize.svd import SVD
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.model import ElasticModel
 from t3c.elastic.rounding import round_groups, round_rows
@@ -28,7 +31,9 @@ from t3c.elastic.rounding import round_groups, round_rows
 Batch = tuple[Tensor, ...]
 SIDE_MAX = 4096
 """Inputs of the widest site whose second moment is kept; wider ones keep the plain factors."""
-
+REFERENCES = (0.75, 0.5, 0.25)
+"""Shares of the multiply-adds of the copies behind which `saes-svd` fits its factors, all alike:
+its ranks serve many profiles. Source: benchmarks/factorizers.py."""
 
 OUTPUT_DAMPING = 0.03
 """Added to the diagonal of the gradients' second moment, as a share of its mean.
@@ -104,9 +109,8 @@ def calibrate(
     Raises:
         T3CError: No batches, or values that are not finite.
     """
-    return factorize(
-        elastic, collect(elastic, batches, seconds=seconds, progress=progress), progress
-    )
+    moments = collect(elastic, batches, seconds=seconds, progress=progress)
+    return factorize(elastic, moments, progress, batches=batches)
 
 
 def factorize(
@@ -115,8 +119,12 @@ def factorize(
     progress: Progress = silent,
     *,
     most: Mapping[str, Ranks] | None = None,
+    batches: Sequence[Batch] = (),
 ) -> tuple[str, ...]:
     """Replace the factors of sites, in the metric of the data where a site has a moment.
+
+    Sites whose factorizer makes up for the errors of earlier sites are then done once more, front
+    to back, behind copies of the network whose ranks are `REFERENCES` (see `compensate`).
 
     Args:
         elastic: The model.
@@ -124,9 +132,13 @@ def factorize(
         progress: Told after every site.
         most: Site name -> the largest ranks needed; sites left out keep what they have. None: all
             sites that have a moment, at full rank.
+        batches: Flat inputs behind the moments; only factorizers that compensate need them.
 
     Returns:
         Sites whose factors ignore the data.
+
+    Raises:
+        ValueError: A factorizer needs the batches and there are none.
     """
     names = list(moments) if most is None else list(most)
 
@@ -141,7 +153,70 @@ def factorize(
             progress("factorizing", done, len(names))
             elastic.set_factors(name, made)
     progress("factorizing", len(names), len(names))
+    if aimed := [n for n in names if n in moments and _aims(elastic.layers[n]) is not None]:
+        _compensate(elastic, moments, aimed, most, batches, progress)
     return tuple(n for n in (elastic.sites if most is None else most) if n not in moments)
+
+
+def _aims(layer: ElasticLayer) -> SaesSvd | None:
+    """The layer's factorizer, if it makes up for errors of earlier layers."""
+    kind = kind_of(layer)
+    found = factorizer_of(layer, kind)
+    return found if kind is LowRank and isinstance(found, SaesSvd) else None
+
+
+def _compensate(
+    elastic: ElasticModel,
+    moments: Mapping[str, Moment],
+    names: Sequence[str],
+    most: Mapping[str, Ranks] | None,
+    batches: Sequence[Batch],
+    progress: Progress,
+) -> None:
+    """Make the factors of these sites again, of weights that fit compressed inputs.
+
+    Sites that are called more than once keep what they have: each call has errors of its own.
+    """
+    if not batches:
+        raise ValueError(
+            f"{SAES_SVD.name!r} runs the network front to back; give factorize() the batches that "
+            "the moments come from"
+        )
+    once = {name for name, nodes in site_calls(elastic).items() if len(nodes) == 1}
+
+    def renew(name: str, pair: Pair) -> None:
+        layer, factorizer = elastic.layers[name], _aims(elastic.layers[name])
+        if factorizer is None or torch.equal(pair.total, pair.cross):
+            return  # nothing before this site errs
+        seen = Moment(pair.total, moments[name].gains, pair.rows)
+        mean = seen.mean()
+        cross = mean + (pair.cross - pair.total) / pair.rows  # shrunk like the mean
+        aim = factorizer.aimed(layer.weight, mean, cross)
+        ranks = None if most is None else most[name]
+        elastic.set_factors(name, factorizer.split(aim, mean, gains=seen.directions(), ranks=ranks))
+
+    references = [reference(elastic, share, most) for share in REFERENCES]
+    walk(elastic, batches, references, [n for n in names if n in once], renew, progress)
+
+
+def reference(
+    elastic: ElasticModel, share: float, most: Mapping[str, Ranks] | None = None
+) -> dict[str, Format]:
+    """Low ranks, in float, with this share of each site's dense multiply-adds; the rest dense.
+
+    Args:
+        elastic: The model.
+        share: Of the multiply-adds of each site.
+        most: Site name -> largest ranks; other sites stay dense. None: no limit, all sites.
+    """
+    found: dict[str, Format] = {}
+    for name, layer in elastic.layers.items():
+        if kind_of(layer) is not LowRank or (most is not None and name not in most):
+            continue
+        n, k = layer.weight.shape[:2]
+        rank = max(1, int(share * SVD.break_even((n, k))))
+        found[name] = LowRank(rank if most is None else min(rank, most[name][0]), 32)
+    return found
 
 
 def round_weights(
@@ -243,11 +318,16 @@ def kind_of(layer: ElasticLayer) -> type[Format]:
     return LowRank
 
 
+def factorizer_of(layer: ElasticLayer, kind: type[Format]) -> AbstractFactorizer:
+    """The factorizer of a layer's format kind."""
+    found = resolve(FACTORIZATIONS, layer.factorizer(kind), "factorization", T3CError)
+    return cast(AbstractFactorizer, found)
+
+
 def split(layer: ElasticLayer, moment: Moment | None, ranks: Ranks | None = None) -> Factors:
     """Factors of a layer's weight up to `ranks`, in the metric of its data."""
     kind = kind_of(layer)
-    found = resolve(FACTORIZATIONS, layer.factorizer(kind), "factorization", T3CError)
-    factorizer = cast(AbstractFactorizer, found)
+    factorizer = factorizer_of(layer, kind)
     ranks = layer.fit_ranks(kind) if ranks is None else ranks
     if moment is None:
         return factorizer.split(layer.weight, ranks=ranks)

@@ -144,7 +144,7 @@ def plan(
     most = largest(menu)
     wanted = {*most, *(n for n, site in elastic.sites.items() if isinstance(site, LinearSite))}
     seen = collect(elastic, fit, sites=wanted, seconds=limit / 8, progress=progress)
-    plain = factorize(elastic, seen, progress, most=most)
+    plain = factorize(elastic, seen, progress, most=most, batches=fit)
     round_weights(elastic, seen, menu, progress)
     if static:
         elastic.set_grids(fit_grids(elastic, fit, bits))
@@ -153,7 +153,8 @@ def plan(
     if held is not fit:
         unseen = collect(elastic, held, sites=seen, seconds=limit / 8, progress=progress)
         both = {name: moment + unseen[name] for name, moment in seen.items()}
-        factorize(elastic, both, progress, most={n: most[n] for n in both if n in most})
+        again = {n: most[n] for n in both if n in most}
+        factorize(elastic, both, progress, most=again, batches=batches)
         round_weights(elastic, both, menu, progress)
         if static:
             elastic.set_grids(fit_grids(elastic, batches, bits))

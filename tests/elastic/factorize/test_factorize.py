@@ -10,6 +10,7 @@ from t3c.core.registry import resolve
 from t3c.elastic.factorize import DEFAULT, FACTORIZATIONS, LOW_RANK
 from t3c.elastic.factorize.base import AbstractFactorizer, damped, principal, second_moment
 from t3c.elastic.factorize.cp import CP_ALS, CpAls
+from t3c.elastic.factorize.saes_svd import SAES_SVD, SaesSvd
 from t3c.elastic.factorize.svd import SVD
 from t3c.elastic.factorize.tucker2 import TUCKER2, Tucker2Hosvd
 from t3c.elastic.factorize.whitened_svd import KRONECKER_SVD, WHITENED_SVD
@@ -34,6 +35,11 @@ class TestWhitenedSvd(FactorizationConformance):
 
 class TestKroneckerSvd(FactorizationConformance):
     factorizer = KRONECKER_SVD
+    outputs = True
+
+
+class TestSaesSvd(FactorizationConformance):
+    factorizer = SAES_SVD
     outputs = True
 
 
@@ -100,6 +106,42 @@ def test_whitening_wins_on_the_inputs_it_saw(shape: tuple[int, int]) -> None:
         bound = float(best[rank:].norm()) * 500**0.5
         assert errors[1] < errors[0]
         assert errors[1] <= bound * 1.01
+
+
+def test_compensation_of_no_error_is_the_whitened_or_two_sided_factorizer_bit_for_bit() -> None:
+    draw = torch.Generator().manual_seed(7)
+    w, x = torch.randn(12, 20, generator=draw), torch.randn(90, 20, generator=draw)
+    moment, root = second_moment(x), torch.randn(12, 12, generator=draw)
+    gains = root @ root.T + 0.03 * torch.eye(12)
+    aim = SAES_SVD.aimed(w, moment, moment)
+    assert torch.equal(aim, w)
+    for twin, weighs in ((WHITENED_SVD, None), (KRONECKER_SVD, gains)):
+        one, two = SAES_SVD.split(aim, moment, gains=weighs), twin.split(w, moment, gains=weighs)
+        assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_the_aimed_weight_is_the_damped_least_squares_fit() -> None:
+    draw = torch.Generator().manual_seed(8)
+    w = torch.randn(6, 9, generator=draw).double()
+    x = torch.randn(500, 9, generator=draw).double()
+    seen = x + 0.5 * torch.randn(500, 9, generator=draw).double()
+    moment, cross = second_moment(seen), x.T @ seen / len(x)
+    best = torch.linalg.lstsq(seen, x @ w.T).solution.T
+    whole = SaesSvd(share=1.0, ridge=0.0).aimed(w, moment, cross)
+    torch.testing.assert_close(whole, best.float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(SaesSvd(share=0.0).aimed(w, moment, cross), w.float())
+    level = 0.2 * moment.diagonal().mean() * torch.eye(9)
+    part = w @ (0.3 * moment + 0.7 * cross + level) @ torch.linalg.inv(moment + level)
+    found = SaesSvd(share=0.7, ridge=0.2).aimed(w, moment, cross)
+    torch.testing.assert_close(found, part.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_compensation_refuses_moments_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 2\) and \(3, 3\); this weight needs \[3, 3\]"):
+        SAES_SVD.aimed(torch.zeros(4, 3), torch.eye(2), torch.eye(3))
+    assert torch.equal(
+        SAES_SVD.aimed(torch.ones(4, 3), torch.zeros(3, 3), torch.eye(3)), torch.ones(4, 3)
+    )
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (80, 80)])

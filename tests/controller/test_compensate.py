@@ -1,0 +1,113 @@
+"""Compensation of upstream errors: nothing changes where nothing errs, less error where it does."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from t3c.controller.calibrate import REFERENCES, collect, factorize, reference
+from t3c.controller.compensate import Pair, walk
+from t3c.core.formats import Format, LowRank
+from t3c.elastic.model import ElasticModel
+from tests.controller import models
+
+ROWS = 40
+"""Batches of 8 or 12 rows: several times the width of the models."""
+
+
+def with_factorizer(model: ElasticModel, name: str) -> ElasticModel:
+    for layer in model.layers.values():
+        layer.set_thin(name)
+    return model
+
+
+def fitted(model: ElasticModel, name: str, gains: bool = True) -> ElasticModel:
+    batches = models.more(model, ROWS)
+    moments = collect(model, batches)
+    if not gains:
+        moments = {n: replace(m, gains=None) for n, m in moments.items()}
+    factorize(with_factorizer(model, name), moments, batches=batches)
+    return model
+
+
+def pairs(model: ElasticModel, formats: Mapping[str, Format]) -> dict[str, Pair]:
+    found: dict[str, Pair] = {}
+    batches = models.more(model, 3)
+    walk(model, batches, [formats], list(model.sites), found.__setitem__)
+    return found
+
+
+def off(model: ElasticModel, formats: Mapping[str, Format], site: str) -> float:
+    """Squared error of a site's outputs behind compressed sites: tr of E[(W x - V x')^2]."""
+    batches = models.more(model, ROWS)
+    seen: dict[str, list[Tensor]] = {"was": [], "is": []}
+    layer = model.layers[site]
+    for key, chosen in (("was", None), ("is", formats)):
+        hook = layer.register_forward_hook(lambda m, x, y, key=key: seen[key].append(y.detach()))
+        with torch.no_grad(), model.using(chosen):
+            for batch in batches:
+                model.graph(*batch)
+        hook.remove()
+    return float((torch.stack(seen["was"]) - torch.stack(seen["is"])).square().sum())
+
+
+def test_sites_before_which_nothing_errs_keep_their_factors_bit_for_bit() -> None:
+    plain, aimed = (fitted(models.block(), n) for n in ("kronecker-svd", "saes-svd"))
+    for name in ("q", "k", "v"):  # they see the network's input
+        for factor in ("low", "high"):
+            one, two = plain.layers[name].factor(factor), aimed.layers[name].factor(factor)
+            assert torch.equal(one, two)
+    assert not torch.equal(plain.layers["o"].factor("low"), aimed.layers["o"].factor("low"))
+
+
+def test_copies_in_original_formats_see_what_the_original_sees() -> None:
+    for pair in pairs(models.block(), {}).values():
+        assert torch.equal(pair.total, pair.cross)
+    for name, pair in pairs(models.mlp(), {"fc1": LowRank(8, 32)}).items():
+        assert torch.equal(pair.total, pair.cross) == (name in ("fc0", "fc1"))
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [(models.mlp, {"fc1": 1, "fc2": 1, "head": 1}), (models.block, {"o": 0.95, "down": 1})],
+)
+def test_every_site_errs_less_behind_compressed_ones(
+    make: Callable[[], ElasticModel], most: Mapping[str, float]
+) -> None:
+    plain, aimed = (fitted(make(), name, gains=False) for name in ("whitened-svd", "saes-svd"))
+    for site, limit in most.items():
+        errors = [
+            sum(off(model, reference(model, share), site) for share in REFERENCES)
+            for model in (plain, aimed)
+        ]
+        assert errors[1] < limit * errors[0]
+
+
+def test_the_walk_leaves_formats_as_they_were() -> None:
+    model = models.mlp()
+    before = {name: layer.state for name, layer in model.layers.items()}
+    pairs(model, reference(model, 0.5))
+    assert {name: layer.state for name, layer in model.layers.items()} == before
+
+
+def test_references_keep_to_the_ranks_that_there_are() -> None:
+    model = models.mlp()
+    assert reference(model, 0.5)["fc0"] == LowRank(16, 32)
+    assert reference(model, 0.5, {"fc1": (12,)}) == {"fc1": LowRank(12, 32)}
+    assert all(fmt.ranks[0] >= 1 for fmt in reference(model, 1e-9).values())
+
+
+def test_ranks_that_are_asked_for_are_kept() -> None:
+    model = with_factorizer(models.mlp(), "saes-svd")
+    batches = models.more(model, 4)
+    most = {name: (12,) for name in ("fc0", "fc1", "fc2")}
+    factorize(model, collect(model, batches), most=most, batches=batches)
+    assert {tuple(model.layers[n].factor("low").shape) for n in most} == {(12, 64)}
+
+
+def test_compensation_without_batches_is_refused() -> None:
+    model = with_factorizer(models.mlp(), "saes-svd")
+    with pytest.raises(ValueError, match="'saes-svd' runs the network front to back; give"):
+        factorize(model, collect(model, models.more(model, 1)))
