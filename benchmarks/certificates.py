@@ -1,11 +1,13 @@
-"""What MiniLM's certificates are worth: proxies against drift, conformal bounds against new data.
+"""What certificates are worth: proxies against drift, conformal bounds against new data.
 
-    python -m benchmarks.certificates [--texts 64] [--scores 1200]
+    python -m benchmarks.certificates [--model minilm | glyphs] [--held 64] [--scores 1200]
 
-Proxies: Pearson correlation with the mean observed drift ||dz||_2 over all plans, with the interval
-of Fisher's z; drift is seen on docstrings that nothing else used. Bounds: drifts of the compiled
-library on `--scores` texts, split at random many times into a half that gives the bound and one
-that tests it. Shifted: bounds from the standard library's docstrings, tested on other packages'.
+Proxies: Pearson correlation with the mean observed drift ||dz||_2 over all plans (torch, rounding
+as the kernels do), with the interval of Fisher's z; drift is seen on inputs that nothing else used.
+Bounds: drifts of the compiled library on `--scores` inputs, split at random many times into a half
+that gives the bound and one that tests it. Shifted: bounds from one kind of data, tested on
+another. Texts: the standard library's docstrings, then other packages'. Glyphs: test fonts, then
+the same with noise, slanted, and the validation fonts.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +25,146 @@ HERE = Path(__file__).resolve().parent
 CALIBRATION = 48
 UNIFORM = 8
 MIXED = 12
+PLANS = 36
+"""At least so many; mixed ones fill up."""
+GLYPHS = 1024
+BATCH = 32
+"""Images of a call."""
 SPLITS = 400
 LEVELS = (0.9, 0.95, 0.99)
 OTHERS = ("numpy", "torch", "networkx", "transformers", "matplotlib", "onnx", "rich")
 """Packages whose docstrings stand for another domain."""
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model with data that play different parts; calls are tuples of tensors.
+
+    Attributes:
+        name: What it is, in words.
+        model: The original.
+        calibration: Calls that the chain is fitted to.
+        held: Calls that drift is seen on, for the proxies.
+        scores: Calls for the bounds, in an order that was drawn.
+        shifted: Name -> calls of another kind.
+        gains: How many calibration calls the proxies see.
+    """
+
+    name: str
+    model: Any
+    calibration: Sequence[Any]
+    held: Sequence[Any]
+    scores: Sequence[Any]
+    shifted: Mapping[str, Sequence[Any]]
+    gains: int
+
+
 def main() -> None:
     """Parse, run, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--texts", type=int, default=64, help="held out, for the proxies' drift")
+    parser.add_argument("--model", choices=tuple(CASES), default="minilm")
+    parser.add_argument("--held", type=int, default=64, help="held out, for the proxies' drift")
     parser.add_argument("--scores", type=int, default=1200, help="held out, for the bounds")
     parser.add_argument("--seconds", type=float, default=90.0, help="for Jacobian norms")
-    parser.add_argument("--out", type=Path, default=HERE / "certificates.json")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parent))
-    run(options.texts, options.scores, options.seconds, options.out)
+    name = (
+        "certificates.json" if options.model == "minilm" else f"certificates_{options.model}.json"
+    )
+    run(
+        options.model,
+        options.held,
+        options.scores,
+        options.seconds,
+        HERE / name if options.out is None else options.out,
+    )
 
 
-def run(count: int, scores: int, seconds: float, out: Path) -> None:
-    """Lower MiniLM, estimate and observe, bound and test."""
+def minilm(held: int, scores: int) -> Case:
+    """The sentence encoder on docstrings, a text each call."""
     import torch
 
-    import t3c
-    from benchmarks.machine import describe
     from examples import demo_minilm, docstrings, models
-    from t3c.controller.plan import plan
-    from t3c.targets import detect_host
 
-    torch.set_num_threads(1)
     model, _ = models.minilm()
     tokens = demo_minilm._tokenizer()
     texts = [text for pair in docstrings.halves() for text in pair]
     chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    calls = [tokens(texts[i]) for i in chosen[: CALIBRATION + count + scores]]
-    calibration = calls[:CALIBRATION]
-    held, rest = calls[CALIBRATION : CALIBRATION + count], calls[CALIBRATION + count :]
-    elastic = t3c.elasticize(model, calibration[0])
+    calls = [tokens(texts[i]) for i in chosen[: CALIBRATION + held + scores]]
+    rest = calls[CALIBRATION:]
+    return Case(
+        "all-MiniLM-L6-v2, 128 tokens, all outputs",
+        model,
+        calls[:CALIBRATION],
+        rest[:held],
+        rest[held:],
+        {"other packages": [tokens(t) for t in other_texts(400)]},
+        3,
+    )
+
+
+def glyphs(held: int, scores: int) -> Case:
+    """The residual network that reads characters, a batch of images each call."""
+    import torch
+    from torch.nn import functional
+
+    from examples import glyphs as example
+
+    model, data = example.network()
+    draw = torch.Generator().manual_seed(0)
+
+    def calls(part: Any, count: int) -> list[Any]:
+        order = torch.randperm(len(part[1]), generator=draw)[: count // BATCH * BATCH]
+        return [(part[0][index].contiguous(),) for index in order.split(BATCH)]
+
+    bounded = calls(data.test, scores)
+    noisy = [(x + 0.15 * torch.randn(x.shape, generator=draw),) for (x,) in bounded]
+    turned = torch.tensor([[1.0, 0.35, 0.0], [0.0, 1.0, 0.0]]).expand(BATCH, 2, 3)
+    grid = functional.affine_grid(turned, [BATCH, 1, example.SIZE, example.SIZE], False)
+    slanted = [(functional.grid_sample(x, grid, align_corners=False),) for (x,) in bounded]
+    fonts = calls(data.validation, scores)
+    return Case(
+        "glyph ResNet, 62 classes, logits",
+        model,
+        calls(data.train, GLYPHS),
+        fonts[: held // BATCH],
+        bounded,
+        {"noise": noisy, "slanted": slanted, "validation fonts": fonts},
+        3,
+    )
+
+
+CASES = {"minilm": minilm, "glyphs": glyphs}
+
+
+def run(kind: str, held: int, scores: int, seconds: float, out: Path) -> None:
+    """Lower the model, estimate and observe, bound and test."""
+    import torch
+
+    import t3c
+    from benchmarks.machine import describe
+    from t3c.controller.plan import plan
+    from t3c.targets import detect_host
+
+    torch.set_num_threads(1)
+    case = CASES[kind](held, scores)
+    calibration = case.calibration
+    elastic = t3c.elasticize(case.model, calibration[0])
     flat = [elastic.captured.flatten(call, {}) for call in calibration]
     found = plan(elastic, flat, detect_host(), profiles=16, seconds=60.0)
-    unseen = [elastic.captured.flatten(call, {}) for call in held]
+    unseen = [elastic.captured.flatten(call, {}) for call in case.held]
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.certificates",
-        "model": "all-MiniLM-L6-v2, 128 tokens, all outputs",
+        "command": f"python -m benchmarks.certificates --model {kind} --held {held} "
+        f"--scores {scores}",
+        "model": case.name,
         "machine": describe(),
-        "proxies": proxies(elastic, found, flat, unseen, seconds),
+        "proxies": proxies(elastic, found, flat, unseen, seconds, case.gains),
     }
     show(result["proxies"])
     with tempfile.TemporaryDirectory() as folder:
         artifact = t3c.lower(
-            model,
+            case.model,
             "x86",
             calibration[0],
             Path(folder) / "net",
@@ -80,20 +173,26 @@ def run(count: int, scores: int, seconds: float, out: Path) -> None:
             say=lambda line: None,
         )
         session = t3c.load(artifact)
-        result["bounds"] = bounds(session, model, rest, [tokens(t) for t in other_texts(400)])
+        result["bounds"] = bounds(session, case)
     for row in result["bounds"]["profiles"]:
         print(json.dumps(row))
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def proxies(
-    elastic: Any, found: Any, flat: Sequence[Any], unseen: Sequence[Any], seconds: float
+    elastic: Any,
+    found: Any,
+    flat: Sequence[Any],
+    unseen: Sequence[Any],
+    seconds: float,
+    gains: int,
 ) -> dict[str, Any]:
     """Every proxy against mean observed drift, over chain, uniform and mixed plans."""
     import torch
 
     from t3c.certificate.observed import observed
     from t3c.certificate.proxy import Meter
+    from t3c.controller.statistics import correct
     from t3c.core.formats import Dense
 
     damage = {s: {f: e.damage for f, e in row.items()} for s, row in found.table.entries.items()}
@@ -104,15 +203,17 @@ def proxies(
         share = i / (UNIFORM - 1)
         plans[f"uniform {i}"] = {s: r[round(share * (len(r) - 1))] for s, r in menu.items()}
     draw = torch.Generator().manual_seed(1)
-    for i in range(MIXED):
-        keep = 1 - (i + 1) / (MIXED + 1)  # share of layers left dense
+    count = max(MIXED, PLANS - len(plans))
+    for i in range(count):
+        keep = 1 - (i + 1) / (count + 1)  # share of layers left dense
         plans[f"mixed {i}"] = {
             s: Dense(8) if float(torch.rand(1, generator=draw)) < keep or len(r) < 2
             else r[1 + int(torch.randint(len(r) - 1, (1,), generator=draw))]
             for s, r in menu.items()
         }  # fmt: skip
+    corrected = correct(elastic, plans.values(), flat)
     start = time.monotonic()
-    meter = Meter(elastic, flat[:3], seconds=seconds, damage=damage)
+    meter = Meter(elastic, flat[:gains], seconds=seconds, damage=damage)
     gains_s = time.monotonic() - start
     rows, per_plan = [], []
     for name, formats in plans.items():
@@ -127,7 +228,9 @@ def proxies(
     return {
         "plans": len(rows),
         "menu_depth": depth,
-        "held_out_texts": len(unseen),
+        "held_out": len(unseen),
+        "distinct_plans": len({frozenset(f.items()) for f in plans.values()}),
+        "batches_of_corrections": corrected,
         "gains_seconds": gains_s,
         "sites_measured": len(meter.gains.measured),
         "seconds_per_plan": sorted(per_plan)[len(per_plan) // 2],
@@ -153,19 +256,19 @@ def agreement(estimate: Sequence[float], seen: Sequence[float]) -> dict[str, Any
     }
 
 
-def bounds(session: Any, model: Any, calls: Sequence[Any], others: Sequence[Any]) -> dict[str, Any]:
-    """Coverage of split-conformal bounds, on the same domain and on another."""
+def bounds(session: Any, case: Case) -> dict[str, Any]:
+    """Coverage of split-conformal bounds, on the same domain and on others."""
     import numpy as np
 
     from t3c.certificate.calibrated import conformal_bound
     from t3c.certificate.library import library_scores
 
-    scores, _ = library_scores(session, model, calls)
-    shifted, _ = library_scores(session, model, others)
+    scores = library_scores(session, case.model, case.scores).original
+    shifted = {n: library_scores(session, case.model, c).original for n, c in case.shifted.items()}
     random = np.random.default_rng(0)
-    half = len(calls) // 2
     rows = []
     for name, drift in scores.items():
+        half = len(drift) // 2
         cover: dict[float, list[float]] = {level: [] for level in LEVELS}
         ratios = []
         for _ in range(SPLITS):
@@ -183,15 +286,18 @@ def bounds(session: Any, model: Any, calls: Sequence[Any], others: Sequence[Any]
                 "inside_binomial": {str(v): _inside(cover[v], v, half) for v in LEVELS},
                 "median_bound_over_observed": float(np.median(ratios)),
                 "shifted_coverage": {
-                    str(v): float((shifted[name] <= conformal_bound(drift, v)).mean())
-                    for v in LEVELS
+                    kind: {
+                        str(v): float((other[name] <= conformal_bound(drift, v)).mean())
+                        for v in LEVELS
+                    }
+                    for kind, other in shifted.items()
                 },
             }
         )
+    first = next(iter(scores))
     return {
-        "texts": len(calls),
-        "shifted_texts": len(others),
-        "shifted_to": list(OTHERS),
+        "inputs": len(scores[first]),
+        "shifted_inputs": {kind: len(other[first]) for kind, other in shifted.items()},
         "splits": SPLITS,
         "profiles": rows,
     }
@@ -225,7 +331,7 @@ def other_texts(limit: int) -> list[str]:
 
 def show(found: Mapping[str, Any]) -> None:
     """A line for every variant."""
-    print(f"{found['plans']} plans, {found['held_out_texts']} held-out texts")
+    print(f"{found['plans']} plans, {found['held_out']} held-out calls")
     for name, row in found["variants"].items():
         low, high = row["interval"]
         print(

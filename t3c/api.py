@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
 import tempfile
@@ -21,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from t3c import proof, targets
 from t3c.certificate import observed
-from t3c.certificate.calibrated import LEVELS, calibrate
+from t3c.certificate.calibrated import LEVELS, calibrate, draws, with_shifted
+from t3c.certificate.labels import label_effects
 from t3c.certificate.library import library_scores
 from t3c.certificate.proxy import Meter, proxies, with_proxies
+from t3c.certificate.remarks import on_bounds, on_labels
 from t3c.certificate.sound import Domain
 from t3c.certificate.sound import certify as sound_certify
 from t3c.codegen.build import Built, build
@@ -36,9 +37,9 @@ from t3c.controller.costs import check as check_objective
 from t3c.controller.plan import SECONDS, Plan, plan
 from t3c.controller.statistics import correct
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
-from t3c.core.certificate import Certificate
+from t3c.core.certificate import Certificate, Labels
 from t3c.core.codes import SiteCodes
-from t3c.core.errors import LoweringError, PassError, TargetError
+from t3c.core.errors import CertificateError, LoweringError, PassError, TargetError
 from t3c.core.formats import Format
 from t3c.core.manifest import (
     CompiledProfile,
@@ -295,6 +296,8 @@ def certify(
     model: Callable[..., Any],
     inputs: Sequence[tuple[Any, ...]],
     *,
+    labels: Any = None,
+    shifted: Sequence[tuple[Any, ...]] | None = None,
     levels: Sequence[float] = LEVELS,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
@@ -302,47 +305,69 @@ def certify(
     """Bound the drift of every profile by split-conformal calibration of the library itself.
 
     The bounds hold for new inputs that are exchangeable with these: drawn alike, and used neither
-    for calibration nor for training. They go into the manifest, which is replaced whole.
+    for calibration nor for training. Disjoint thirds of the inputs show how much the bounds spread.
+    Where the model has one output [inputs, classes], changed labels, confidence and its calibration
+    are counted too. All of it goes into the manifest, which is replaced whole.
 
     Args:
         artifact: Folder of an artifact that runs on this machine, or what `lower` returned.
         model: The original model.
         inputs: Arguments of calls, each a tuple, with the artifact's shapes.
+        labels: The right class of each input, in order; None: no accuracy, no calibration error.
+        shifted: Calls with data of another kind; the bounds' coverage of them is measured.
         levels: Shares of new inputs to cover, rising.
         progress: Called with (what, done, total).
         say: Told every remark, a line each; None: standard error.
 
     Returns:
-        The artifact with `certificate.calibrated` of every profile.
+        The artifact with `certificate.calibrated` and `certificate.labels` of every profile.
 
     Raises:
-        CertificateError: No inputs, or outputs that are not finite or do not match the library's.
+        CertificateError: No inputs, outputs that are not finite or do not match the library's, or
+            labels for outputs that are not class scores.
         ArtifactError: The artifact is damaged.
         TargetError: It was built for another machine.
-        ValueError: A level is no share.
+        ValueError: A level is no share, or labels are not one class for each input.
     """
     session = load(artifact)
-    tensors = [tuple(x for x in tree_leaves(args) if isinstance(x, Tensor)) for args in inputs]
-    found = calibrate(*library_scores(session, model, inputs, progress), _hash(tensors), levels)
-    manifest = _with_certificates(
-        session.manifest,
-        {
-            c.profile.name: replace(c.profile.certificate, calibrated=found[c.profile.name])
-            for c in session.manifest.profiles
-        },
-    )
-    notes = Notes(say)
-    count = next(iter(found.values())).inputs
-    notes.add(
-        f"bounds from {count} inputs cover new inputs that are drawn like them, on average over "
-        "such draws; on other data they promise nothing"
-    )
-    for level in levels:
-        if math.ceil((count + 1) * level - 1e-9) > count:
-            least = math.ceil(level / (1 - level) - 1e-9)
-            notes.add(f"no finite bound at {level:g}: it needs at least {least} inputs")
+    scores = library_scores(session, model, inputs, progress)
+    classes = scores.classes
+    if labels is not None:
+        if classes is None:
+            raise CertificateError(
+                "labels need a model with one output [inputs, classes]; leave them out"
+            )
+        classes = classes.told(labels)
+    found = calibrate(scores.original, scores.teacher, _input_hash(inputs), levels)
+    for name, one in found.items():
+        kept = None if classes is None else classes.labels[name] == classes.label
+        truth = None if classes is None else classes.truth
+        right = None if classes is None or truth is None else classes.labels[name] == truth
+        apart = draws(scores.original[name], scores.digests, levels, kept, right)
+        found[name] = replace(one, draws=apart)
+    if shifted is not None:
+        other = library_scores(session, model, shifted, progress, "checking shifted data")
+        found = with_shifted(found, other.original, _input_hash(shifted))
+    before = {c.profile.name: c.profile.certificate for c in session.manifest.profiles}
+    effects: Mapping[str, Labels] = {}
+    lines = on_bounds(found, levels)
+    if classes is not None:
+        sound = {name: certificate.sound for name, certificate in before.items()}
+        effects = label_effects(classes, scores.original, levels, sound)
+        lines += on_labels(effects, classes.count)
+    Notes(say).add(*lines)
+    certificates = {
+        name: replace(certificate, calibrated=found[name], labels=effects.get(name))
+        for name, certificate in before.items()
+    }
+    manifest = _with_certificates(session.manifest, certificates)
     write_manifest(session.path, manifest)
     return Artifact(session.path, manifest)
+
+
+def _input_hash(inputs: Sequence[tuple[Any, ...]]) -> str:
+    """SHA-256 over the tensors of calls, in order."""
+    return _hash([tuple(x for x in tree_leaves(args) if isinstance(x, Tensor)) for args in inputs])
 
 
 def _lost(before: Plan, after: Plan) -> str:

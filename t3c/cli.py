@@ -49,6 +49,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Calls = Sequence[tuple[object, ...]]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -334,6 +335,9 @@ def inspect(
     drift: Annotated[
         bool, typer.Option("--drift", help="Share of every layer in the drift of each profile.")
     ] = False,
+    certificates: Annotated[
+        bool, typer.Option("--certificates", help="Bounds, draws, shifted data, labels.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -350,6 +354,9 @@ def inspect(
             console.show(tables.gate(manifest.gate))
         if drift:
             console.show(tables.drift(manifest.profiles))
+        if certificates:
+            shown = tables.certificates(manifest.profiles)
+            console.show(*(shown if shown else ("no certificate yet; see `t3c certify`",)))
         console.show(tables.conversion(manifest.report))
         for text in () if quiet else manifest.assumptions:
             console.show(f"assumed {text}")
@@ -363,27 +370,47 @@ def certify(
         str,
         typer.Argument(
             help="The original model with held-out data: module:callable that returns (model, "
-            "example inputs, list of calls)."
+            "example inputs, list of calls), or with a fourth part, the right class of each input."
         ),
     ],
+    shifted: Annotated[
+        str | None,
+        typer.Option(
+            help="module:callable that returns a list of calls with data of another kind; the "
+            "bounds' coverage of them is measured."
+        ),
+    ] = None,
+    level: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of inputs to cover; repeatable. Default: 0.9 0.95 0.99."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Bound the drift of every profile from held-out inputs; the artifact keeps the bounds."""
     with command(as_json, quiet, debug) as console:
-        original, _, data = load_model(model)
+        original, _, data, labels = load_labelled(model)
         if data is None:
             raise ValueError(
                 f"{model!r} returns no data; return (model, example inputs, list of calls), with "
                 "inputs that were used neither for calibration nor for training"
             )
+        other = None if shifted is None else load_calls(shifted)
         api: Any = import_module("t3c.api")
+        wanted = {} if not level else {"levels": tuple(sorted(set(level)))}
         with _progress(console) as progress:
             found: Artifact = api.certify(
-                artifact, original, data, progress=progress, say=console.remark
+                artifact,
+                original,
+                data,
+                labels=labels,
+                shifted=other,
+                progress=progress,
+                say=console.remark,
+                **wanted,
             )
-        console.show(tables.bounds(found.manifest.profiles))
+        console.show(*tables.certificates(found.manifest.profiles))
         console.data({"artifact": str(found.path), "manifest": found.manifest.to_json()})
 
 
@@ -432,7 +459,7 @@ def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) ->
             raise typer.Exit(6)
 
 
-def load_model(spec: str) -> tuple[object, object, Sequence[tuple[object, ...]] | None]:
+def load_model(spec: str) -> tuple[object, object, Calls | None]:
     """A model, its example inputs and its calibration calls, as they were given.
 
     Args:
@@ -444,15 +471,55 @@ def load_model(spec: str) -> tuple[object, object, Sequence[tuple[object, ...]] 
     Raises:
         ValueError: The text names neither.
     """
+    return load_labelled(spec)[:3]
+
+
+def load_labelled(spec: str) -> tuple[object, object, Calls | None, object]:
+    """As `load_model`, and the right class of each input, None where there is none.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
     if spec.endswith(".pt2"):
         if not Path(spec).is_file():
             raise ValueError(f"{spec}: no such file")
         torch: Any = import_module("torch")
         program: Any = torch.export.load(spec)
-        return program, program.example_inputs, None
+        return program, program.example_inputs, None, None
+    match _made(spec, "neither module:callable nor a .pt2 file"):
+        case (model, example):
+            return model, example, None, None
+        case (model, example, calls):
+            return model, example, _as_calls(calls), None
+        case (model, example, calls, labels):
+            return model, example, _as_calls(calls), labels
+        case made:
+            raise ValueError(
+                f"{spec!r} must return (model, example inputs), got {type(made).__name__}"
+            )
+
+
+def load_calls(spec: str) -> Calls:
+    """Calls alone: what ``module:callable`` returns is a list of them.
+
+    Raises:
+        ValueError: The text names no callable, or it returns something else.
+    """
+    made = _made(spec, "not module:callable")
+    if not isinstance(made, list):
+        raise ValueError(f"{spec!r} must return a list of calls, got {type(made).__name__}")
+    return _as_calls(made)
+
+
+def _as_calls(calls: Any) -> Calls:
+    return [call if isinstance(call, tuple) else (call,) for call in calls]
+
+
+def _made(spec: str, wrong: str) -> Any:
+    """What ``module:callable`` returns."""
     module_name, colon, attribute = spec.partition(":")
     if not colon:
-        raise ValueError(f"{spec!r} is neither module:callable nor a .pt2 file")
+        raise ValueError(f"{spec!r} is {wrong}")
     sys.path.insert(0, "")  # as with python -m: modules of the current folder
     try:
         module = import_module(module_name)
@@ -463,20 +530,7 @@ def load_model(spec: str) -> tuple[object, object, Sequence[tuple[object, ...]] 
     make: Callable[[], object] | None = getattr(module, attribute, None)
     if not callable(make):
         raise ValueError(f"{spec!r}: {module_name} has no callable {attribute!r}")
-    made: Any = make()
-    match made:
-        case (model, example):
-            return model, example, None
-        case (model, example, calibration):
-            return (
-                model,
-                example,
-                [call if isinstance(call, tuple) else (call,) for call in calibration],
-            )
-        case _:
-            raise ValueError(
-                f"{spec!r} must return (model, example inputs), got {type(made).__name__}"
-            )
+    return make()
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -511,11 +511,49 @@ def test_bounds_come_from_the_library_and_stay_in_the_artifact(tmp_path: Path) -
     assert 0 < ninety.value < 50 * drift[0]
     assert ninety.teacher == 0.0
     assert any("promise nothing" in line for line in told)
+    assert all(c.profile.certificate.labels is None for c in found.manifest.profiles)
+    with pytest.raises(CertificateError, match="labels need a model with one output"):
+        t3c.certify(found, model, inputs, labels=[0] * count, say=told.append)
 
 
-def test_bounds_need_the_model_that_was_lowered(tmp_path: Path) -> None:
-    artifact = small(out=tmp_path / "net")
+def labelled_and_shifted(artifact: Artifact, model: nn.Module, inputs: list[Any]) -> None:
+    """With right answers and other data, the artifact says what becomes of both."""
+    with torch.no_grad():
+        truth = torch.cat([model(*args) for args in inputs]).argmax(1)
+    far = [(8 * x,) for (x,) in inputs[:9]]
+    told: list[str] = []
+    found = t3c.certify(
+        artifact, model, inputs, labels=truth, shifted=far, levels=(0.8, 0.9), say=told.append
+    )
+    assert Artifact.read(artifact.path).manifest == found.manifest
+    assert any("shifted inputs the bounds of 80% cover" in line for line in told)
+    for one in (c.profile.certificate for c in found.manifest.profiles):
+        assert one.calibrated is not None
+        assert one.calibrated.shifted is not None
+        assert one.calibrated.shifted.coverage[0] < 0.5
+        assert len({d.sha256 for d in one.calibrated.draws}) == 3
+        assert one.labels is not None
+        assert one.labels.accuracy == pytest.approx(1 - one.labels.flips)
+        assert one.labels.original_accuracy == 1.0
+        assert [c.level for c in one.labels.checked] == [0.8, 0.9]
+        assert all(d.accuracy == d.agreement is not None for d in one.calibrated.draws)
+    session = t3c.load(found)
+    ninety = session.profiles[-1].certificate.calibrated
+    assert ninety is not None
+    limit = ninety.bounds[1].value
+    assert session.set_budget(max_drift=limit).certificate.calibrated is not None
+    with pytest.raises(t3c.InfeasibleBudget, match=r"not at 0\.95"):
+        session.set_budget(max_drift=limit, level=0.95)
+    with pytest.raises(ValueError, match="give one for each of the"):
+        t3c.certify(artifact, model, inputs, labels=[1], say=told.append)
+
+
+def test_bounds_come_with_labels_and_need_the_model_that_was_lowered(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
+    artifact = small(model=model, out=tmp_path / "net")
     shape = artifact.manifest.inputs[0].shape
+    labelled_and_shifted(artifact, model, [(torch.randn(shape),) for _ in range(30)])
     with pytest.raises(CertificateError, match="give the model that was lowered"):
         t3c.certify(artifact, nn.Identity(), [(torch.randn(shape),)], say=lambda line: None)
     with pytest.raises(CertificateError, match="needs held-out inputs; got none"):

@@ -198,6 +198,8 @@ def api(monkeypatch: pytest.MonkeyPatch, artifact: Artifact) -> list[Any]:
     models.net = lambda: (torch.nn.Linear(2, 2), torch.zeros(1, 2))
     models.named = lambda: (torch.nn.Linear(2, 2), {"x": torch.zeros(1, 2)})
     models.calibrated = lambda: (*models.net(), [torch.ones(1, 2), (torch.zeros(1, 2),)])
+    models.labelled = lambda: (*models.calibrated(), [3, 1])
+    models.others = lambda: [torch.ones(1, 2)] * 3
     models.bare = lambda: (torch.nn.Linear(2, 2), None)
     models.single = lambda: torch.nn.Linear(2, 2)
     models.number = 3
@@ -289,6 +291,10 @@ def test_python_m_t3c_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == [1]
 
 
+def test_inspect_shows_certificates(artifact: Artifact) -> None:
+    assert "90% bound" in call("inspect", artifact.path, "--certificates").stdout
+
+
 def test_plan_says_which_profile_a_budget_picks(artifact: Artifact) -> None:
     done = json.loads(call("plan", artifact.path, "--latency-ms", "1.5", "--json").stdout)
     assert (done["profile"], done["latency_ms"]) == ("tiny", 1.0)
@@ -308,9 +314,11 @@ def test_certify_runs_on_the_data_that_the_model_brings(
     api: list[Any], artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
+    given: list[Any] = []
 
     def certify(*args: Any, **kwargs: Any) -> Artifact:
         seen.append(args)
+        given.append(kwargs)
         return artifact
 
     monkeypatch.setattr(sys.modules["t3c.api"], "certify", certify, raising=False)
@@ -318,6 +326,18 @@ def test_certify_runs_on_the_data_that_the_model_brings(
     assert done.exit_code == 0, done.stderr
     assert len(seen[0][2]) == 2
     assert "90% bound" in done.stdout
+    assert (given[0]["labels"], given[0]["shifted"]) == (None, None)
+    assert "levels" not in given[0]
+    options = ("--shifted", "some_models:others", "--level", ".9", "--level", ".8")
+    assert call("certify", artifact.path, "some_models:labelled", *options).exit_code == 0
+    assert given[1]["labels"] == [3, 1]
+    assert [len(c) for c in given[1]["shifted"]] == [1, 1, 1]
+    assert given[1]["levels"] == (0.8, 0.9)
+    wrong = call("certify", artifact.path, "some_models:labelled", "--shifted", "some_models:net")
+    assert wrong.exit_code == 2
+    assert "must return a list of calls, got tuple" in wrong.stderr
+    wrong = call("certify", artifact.path, "some_models:labelled", "--shifted", "calls")
+    assert "'calls' is not module:callable" in wrong.stderr
     without = call("certify", artifact.path, "some_models:net")
     assert without.exit_code != 0
     assert "returns no data" in without.stderr

@@ -1,6 +1,8 @@
 """The drift of a compiled library, input by input."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from t3c.certificate.outputs import F64, float_outputs, norms, samples_in
+from t3c.certificate.labels import Classes
+from t3c.certificate.outputs import F64, float_outputs, is_scores, norms, samples_in
 from t3c.core.errors import CertificateError
 
 Progress = Callable[[str, int, int], None]
@@ -23,22 +26,38 @@ class Library(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What every profile of a library does to each of n inputs.
+
+    Attributes:
+        original: Profile name -> [n] distances ||dz||_2 from the original; smallest profile first.
+        teacher: The same from the largest profile.
+        digests: SHA-256 of each input.
+        classes: What becomes of labels; None where outputs are not class scores.
+    """
+
+    original: dict[str, F64]
+    teacher: dict[str, F64]
+    digests: tuple[str, ...]
+    classes: Classes | None
+
+
 def library_scores(
     library: Library,
     model: Callable[..., Any],
     inputs: Sequence[tuple[Any, ...]],
     progress: Progress | None = None,
-) -> tuple[dict[str, F64], dict[str, F64]]:
-    """Distances ||dz||_2 of every profile's outputs for each input.
+    what: str = "calibrating bounds",
+) -> Scores:
+    """Compare every profile's outputs with the original's, input by input.
 
     Args:
         library: A session.
         model: The original.
         inputs: Arguments of calls.
         progress: Called with (what, done, total).
-
-    Returns:
-        Profile name -> scores against the original; the same against the largest profile.
+        what: Told to `progress`.
 
     Raises:
         CertificateError: No inputs, or outputs that are not finite or do not match.
@@ -48,10 +67,12 @@ def library_scores(
     names = list(library.variants)
     original: dict[str, list[F64]] = {name: [] for name in names}
     teacher: dict[str, list[F64]] = {name: [] for name in names}
+    digests: list[str] = []
+    parts: list[Classes] = []
     with torch.inference_mode():
         for done, args in enumerate(inputs):
             if progress is not None:
-                progress("calibrating bounds", done, len(inputs))
+                progress(what, done, len(inputs))
             want = float_outputs(list(_leaves(model(*args))))
             given = tuple(x for x in pytree.tree_leaves(args) if isinstance(x, Tensor))
             split = samples_in(given, want)
@@ -59,12 +80,30 @@ def library_scores(
             for name in names:
                 original[name].append(_distance(got[name], want, split))
                 teacher[name].append(_distance(got[name], got[names[-1]], split))
+            digests += _digests(given, split)
+            if is_scores(want, split):
+                parts.append(Classes.of(want[0], {name: y[0] for name, y in got.items()}))
     if progress is not None:
-        progress("calibrating bounds", len(inputs), len(inputs))
-    return (
+        progress(what, len(inputs), len(inputs))
+    return Scores(
         {name: np.concatenate(rows) for name, rows in original.items()},
         {name: np.concatenate(rows) for name, rows in teacher.items()},
+        tuple(digests),
+        Classes.joined(parts) if len(parts) == len(inputs) else None,
     )
+
+
+def _digests(tensors: tuple[Tensor, ...], samples: int) -> list[str]:
+    """SHA-256 of each input of a call; what has no axis of inputs belongs to each."""
+    arrays = [np.ascontiguousarray(x.detach().numpy()) for x in tensors]
+    split = [a.ndim > 0 and a.shape[0] == samples for a in arrays]
+    found = []
+    for i in range(samples):
+        total = hashlib.sha256()
+        for array, own in zip(arrays, split, strict=True):
+            total.update((array[i] if own else array).tobytes())
+        found.append(total.hexdigest())
+    return found
 
 
 def _matching(result: Any, want: list[Tensor]) -> list[Tensor]:

@@ -1,14 +1,14 @@
 """How far the outputs of each profile drift from the original model on given inputs: measured."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from t3c.certificate.outputs import Batch, float_outputs, norms, samples_in
-from t3c.core.certificate import Observed
+from t3c.certificate.outputs import Batch, float_outputs, is_scores, norms, samples_in
+from t3c.core.certificate import Drifts, Observed
 from t3c.core.errors import CertificateError
 from t3c.core.formats import Format
 from t3c.core.profile import ProfileChain
@@ -31,7 +31,8 @@ def observed(
     Raises:
         CertificateError: No batches, or outputs that are not finite or have no floats.
     """
-    return _statistics(_original(elastic, batches), _outputs(elastic, formats, batches), batches)
+    found = _outputs(elastic, formats, batches)
+    return _observed(_drifts(_original(elastic, batches), found, batches), batches, found, None)
 
 
 def certify(
@@ -43,6 +44,8 @@ def certify(
 ) -> ProfileChain:
     """The chain with `certificate.observed` of every profile filled in.
 
+    Against the original, and against the largest profile.
+
     Args:
         elastic: The model.
         chain: Its profiles.
@@ -53,12 +56,14 @@ def certify(
         CertificateError: As `observed`.
     """
     original = _original(elastic, batches)
+    largest = _outputs(elastic, chain.profiles[-1].formats, batches)
     made = []
     for done, profile in enumerate(chain):
         if progress is not None:
             progress("observing drift", done, len(chain))
         drifted = _outputs(elastic, profile.formats, batches)
-        seen = _statistics(original, drifted, batches)
+        teacher = _drifts(largest, drifted, batches)
+        seen = _observed(_drifts(original, drifted, batches), batches, drifted, teacher)
         made.append(replace(profile, certificate=replace(profile.certificate, observed=seen)))
     if progress is not None:
         progress("observing drift", len(chain), len(chain))
@@ -84,32 +89,33 @@ def _outputs(
         return [float_outputs(elastic.graph(*batch)) for batch in batches]
 
 
-def _statistics(
-    original: list[list[Tensor]], drifted: list[list[Tensor]], batches: Sequence[Batch]
-) -> Observed:
+def _drifts(
+    reference: list[list[Tensor]], drifted: list[list[Tensor]], batches: Sequence[Batch]
+) -> Drifts:
     drifts, sizes, flips = [], [], []
-    for batch, before, after in zip(batches, original, drifted, strict=True):
+    for batch, before, after in zip(batches, reference, drifted, strict=True):
         split = samples_in(batch, before)
         drifts.append(norms([b - a for b, a in zip(before, after, strict=True)], split))
         sizes.append(norms(before, split))
-        if len(before) == 1 and _is_scores(before[0], split):
+        if is_scores(before, split):
             flips.append((before[0].argmax(1) != after[0].argmax(1)).numpy())
     drift, norm = np.concatenate(drifts), np.concatenate(sizes)
     if not np.isfinite(drift).all():
         raise CertificateError(
             "a profile's outputs are not finite; raise its ranks, or leave the profile out"
         )
-    return Observed(
+    return Drifts(
         mean=float(drift.mean()),
         median=float(np.median(drift)),
         p95=float(np.quantile(drift, 0.95, method="higher")),
         max=float(drift.max()),
         relative=float(drift.mean() / max(float(norm.mean()), 1e-30)),
         flips=float(np.concatenate(flips).mean()) if flips else None,
-        inputs=len(drift),
     )
 
 
-def _is_scores(y: Tensor, samples: int) -> bool:
-    """Whether an output is [batch, classes]."""
-    return y.dim() == 2 and y.shape[0] == samples and y.shape[1] > 1
+def _observed(
+    found: Drifts, batches: Sequence[Batch], outputs: list[list[Tensor]], teacher: Drifts | None
+) -> Observed:
+    inputs = sum(samples_in(b, y) for b, y in zip(batches, outputs, strict=True))
+    return Observed(**asdict(found), inputs=inputs, teacher=teacher)

@@ -29,3 +29,11 @@ def norms(outputs: list[Tensor], samples: int) -> F64:
     flat = torch.cat([y.reshape(samples, -1).double() for y in outputs], dim=1)
     found: F64 = flat.norm(dim=1).numpy()
     return found
+
+
+def is_scores(outputs: list[Tensor], samples: int) -> bool:
+    """Whether the outputs are one tensor [samples, classes]."""
+    if len(outputs) != 1:
+        return False
+    y = outputs[0]
+    return y.dim() == 2 and y.shape[0] == samples and y.shape[1] > 1

@@ -1,4 +1,4 @@
-"""What is known of the output drift of a profile: four labelled numbers that are never merged."""
+"""What is known of the output drift of a profile: labelled statements that are never merged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +92,27 @@ SQUARED = frozenset({"jacobian-rms-rss", "kronecker-rss", MEASURED})
 
 
 @dataclass(frozen=True, slots=True)
+class Drifts:
+    """Drift ||dz||_2 measured against one reference, in float32 logits.
+
+    Attributes:
+        mean: Mean over the inputs.
+        median: Median.
+        p95: 95th percentile.
+        max: Largest seen.
+        relative: Mean drift over the mean norm of the reference's outputs.
+        flips: Share of inputs whose arg-max differs; None where outputs are not class scores.
+    """
+
+    mean: float
+    median: float
+    p95: float
+    max: float
+    relative: float
+    flips: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """Drift ||dz||_2 measured on held-out inputs against the original model, in float32 logits.
 
@@ -103,6 +124,7 @@ class Observed:
         relative: Mean drift over the mean norm of the original outputs.
         flips: Share of inputs whose arg-max changes; None where outputs are not class scores.
         inputs: How many inputs.
+        teacher: The same against the largest profile; None in artifacts that have only the above.
     """
 
     mean: float
@@ -112,6 +134,7 @@ class Observed:
     relative: float
     flips: float | None
     inputs: int
+    teacher: Drifts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +157,47 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """What one of several disjoint draws of the inputs says alone.
+
+    Attributes:
+        inputs: How many inputs.
+        sha256: Hash of these inputs.
+        bounds: Raw bound of each level from this draw.
+        covered: Share of the other draws' inputs that each of these bounds covers.
+        drift: Mean drift.
+        agreement: Share of inputs with the original's arg-max; None where outputs are not class
+            scores.
+        accuracy: Share of inputs that are right; None without labels.
+    """
+
+    inputs: int
+    sha256: str
+    bounds: tuple[float, ...]
+    covered: tuple[float, ...]
+    drift: float
+    agreement: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted:
+    """How the bounds fare on data that are drawn otherwise: measured, nothing is promised.
+
+    Attributes:
+        inputs: How many inputs.
+        sha256: Hash of the inputs.
+        coverage: Share of them that the bound of each level covers.
+        drift: Mean drift.
+    """
+
+    inputs: int
+    sha256: str
+    coverage: tuple[float, ...]
+    drift: float
+
+
+@dataclass(frozen=True, slots=True)
 class Calibrated:
     """What held-out inputs say of the drift of one profile's library.
 
@@ -141,15 +205,86 @@ class Calibrated:
         bounds: One for each level, rising.
         inputs: How many inputs.
         sha256: Hash of the inputs.
+        draws: Disjoint draws of these inputs, each on its own.
+        shifted: The bounds on other data, if such were given.
     """
 
     bounds: tuple[Bound, ...]
     inputs: int
     sha256: str
+    draws: tuple[Draw, ...] = ()
+    shifted: Shifted | None = None
 
     def at(self, level: float) -> Bound | None:
         """The bound of a level, if it was asked for."""
         return next((b for b in self.bounds if b.level == level), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """The inputs whose top two scores, in the original, lie so far apart.
+
+    Attributes:
+        low: Smallest margin among them.
+        high: Largest margin among them.
+        inputs: How many inputs.
+        flips: Share whose arg-max differs from the original's.
+        confidence: Mean change of the largest softmax probability.
+        ece: Change of the expected calibration error on them; None without labels.
+    """
+
+    low: float
+    high: float
+    inputs: int
+    flips: float
+    confidence: float
+    ece: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Inputs whose label a bound D fixes, because sqrt(2) D is below their top-two margin.
+
+    Attributes:
+        level: Level of the calibrated bound; None: the sound bound.
+        certified: Share of inputs that the bound certifies; calibrated bounds come from the other
+            draws, so that no input certifies itself.
+        flips: Share of inputs that are certified and flip: at most 1 - level in the mean, 0 if
+            sound and inside its domain.
+    """
+
+    level: float | None
+    certified: float
+    flips: float
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What becomes of the labels of held-out inputs in one profile's library.
+
+    Attributes:
+        inputs: How many inputs.
+        flips: Share whose arg-max differs from the original's.
+        teacher: Share whose arg-max differs from the largest profile's.
+        confidence: Mean change of the largest softmax probability.
+        accuracy: Share that is right; None without labels.
+        original_accuracy: The same of the original.
+        ece: Expected calibration error, 15 bins; None without labels.
+        original_ece: The same of the original.
+        margins: By the original's top-two margin, rising.
+        checked: One for each level, and one for a sound bound if there is one.
+    """
+
+    inputs: int
+    flips: float
+    teacher: float
+    confidence: float
+    accuracy: float | None
+    original_accuracy: float | None
+    ece: float | None
+    original_ece: float | None
+    margins: tuple[Margin, ...]
+    checked: tuple[Checked, ...]
 
 
 SoundStatus = Literal["bound", "vacuous", "unavailable"]
@@ -179,16 +314,19 @@ class Sound:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Four statements on the drift of one profile; None where not computed.
+    """Statements on the drift of one profile; None where not computed.
 
     Attributes:
         proxy: First-order estimates, the paper's sum L ||dW||_2 alpha among them (no guarantee).
         sound: A true bound over a stated domain (may be vacuous).
         calibrated: Split-conformal bounds (marginal coverage, exchangeable data).
         observed: Measured on held-out data.
+        labels: Flips, confidence and calibration on the data behind `calibrated`; None where
+            outputs are not class scores.
     """
 
     proxy: Proxy | None = None
     sound: Sound | None = None
     calibrated: Calibrated | None = None
     observed: Observed | None = None
+    labels: Labels | None = None

@@ -87,6 +87,12 @@ class Fields:
             raise ArtifactError(f"{self.where(key)}: expected numbers only, got {values!r:.60}")
         return tuple(float(v) for v in values)
 
+    def limits(self, key: str) -> tuple[float, ...]:
+        """A list of numbers; the string "inf" is infinity."""
+        values = self.get(key, list)
+        below = Fields({str(i): v for i, v in enumerate(values)}, self.file, self._below(key))
+        return tuple(below.number(str(i)) for i in range(len(values)))
+
     def choice(self, key: str, allowed: tuple[str, ...]) -> Any:
         """One of the allowed strings."""
         if (value := self.text(key)) not in allowed:

@@ -18,10 +18,16 @@ from t3c.core.certificate import (
     Bound,
     Calibrated,
     Certificate,
+    Checked,
+    Draw,
+    Drifts,
     Estimate,
+    Labels,
+    Margin,
     Observed,
     Proxy,
     Share,
+    Shifted,
     Sound,
     SoundStatus,
 )
@@ -342,6 +348,7 @@ def _profile_to_json(compiled: CompiledProfile) -> dict[str, Any]:
             "sound": None if c.sound is None else _sound_to_json(c.sound),
             "calibrated": None if c.calibrated is None else _calibrated_to_json(c.calibrated),
             "observed": None if c.observed is None else asdict(c.observed),
+            "labels": None if c.labels is None else asdict(c.labels),
         },
         "parity": None if compiled.parity is None else asdict(compiled.parity),
         "formats": {site: str(fmt) for site, fmt in p.formats.items()},
@@ -385,6 +392,7 @@ def _certificate_from_json(f: Fields) -> Certificate:
         f.optional("sound", lambda k: f.within(k, _sound_from_json)),
         f.optional("calibrated", lambda k: f.within(k, _calibrated_from_json)),
         f.optional("observed", lambda k: f.within(k, _observed_from_json)),
+        f.optional("labels", lambda k: f.within(k, _labels_from_json)),
     )
 
 
@@ -460,11 +468,40 @@ def _calibrated_to_json(found: Calibrated) -> dict[str, Any]:
         }
         for b in found.bounds
     ]
-    return {"bounds": bounds, "inputs": found.inputs, "sha256": found.sha256}
+    draws = [{**asdict(d), "bounds": [_number(b) for b in d.bounds]} for d in found.draws]
+    return {
+        "bounds": bounds,
+        "inputs": found.inputs,
+        "sha256": found.sha256,
+        "draws": draws,
+        "shifted": None if found.shifted is None else asdict(found.shifted),
+    }
 
 
 def _calibrated_from_json(f: Fields) -> Calibrated:
-    return Calibrated(f.each("bounds", _bound_from_json), f.whole("inputs"), f.text("sha256"))
+    return Calibrated(
+        f.each("bounds", _bound_from_json),
+        f.whole("inputs"),
+        f.text("sha256"),
+        f.optional("draws", lambda k: f.each(k, _draw_from_json)) or (),
+        f.optional("shifted", lambda k: f.within(k, _shifted_from_json)),
+    )
+
+
+def _draw_from_json(f: Fields) -> Draw:
+    return Draw(
+        f.whole("inputs"),
+        f.text("sha256"),
+        f.limits("bounds"),
+        f.numbers("covered"),
+        f.number("drift"),
+        f.optional("agreement", f.number),
+        f.optional("accuracy", f.number),
+    )
+
+
+def _shifted_from_json(f: Fields) -> Shifted:
+    return Shifted(f.whole("inputs"), f.text("sha256"), f.numbers("coverage"), f.number("drift"))
 
 
 def _bound_from_json(f: Fields) -> Bound:
@@ -486,7 +523,50 @@ def _observed_from_json(f: Fields) -> Observed:
         relative=f.number("relative"),
         flips=f.optional("flips", f.number),
         inputs=f.whole("inputs"),
+        teacher=f.optional("teacher", lambda k: f.within(k, _drifts_from_json)),
     )
+
+
+def _drifts_from_json(f: Fields) -> Drifts:
+    return Drifts(
+        mean=f.number("mean"),
+        median=f.number("median"),
+        p95=f.number("p95"),
+        max=f.number("max"),
+        relative=f.number("relative"),
+        flips=f.optional("flips", f.number),
+    )
+
+
+def _labels_from_json(f: Fields) -> Labels:
+    return Labels(
+        inputs=f.whole("inputs"),
+        flips=f.number("flips"),
+        teacher=f.number("teacher"),
+        confidence=f.number("confidence"),
+        accuracy=f.optional("accuracy", f.number),
+        original_accuracy=f.optional("original_accuracy", f.number),
+        ece=f.optional("ece", f.number),
+        original_ece=f.optional("original_ece", f.number),
+        margins=f.each("margins", _margin_from_json),
+        checked=f.each("checked", _checked_from_json),
+    )
+
+
+def _margin_from_json(f: Fields) -> Margin:
+    return Margin(
+        f.number("low"),
+        f.number("high"),
+        f.whole("inputs"),
+        f.number("flips"),
+        f.number("confidence"),
+        f.optional("ece", f.number),
+    )
+
+
+def _checked_from_json(f: Fields) -> Checked:
+    level = f.optional("level", f.number)
+    return Checked(level, f.number("certified"), f.number("flips"))
 
 
 def _parity_from_json(f: Fields) -> Parity:

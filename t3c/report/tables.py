@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from t3c.core.certificate import MEASURED, PAPER, Certificate, Proxy
+from t3c.core.certificate import MEASURED, PAPER, Certificate, Observed, Proxy
 from t3c.core.gate import GateRow
 from t3c.core.manifest import CompiledProfile
 from t3c.core.objective import Objective
@@ -73,8 +73,7 @@ def profiles(chain: Sequence[CompiledProfile] | Sequence[Profile], title: str = 
             number(None if cert.proxy is None else _estimate(cert.proxy)),
             _sound(cert),
             number(_ninety(cert)),
-            number(None if cert.observed is None else cert.observed.p95),
-            number(None if cert.observed is None else cert.observed.relative),
+            *_observed(cert.observed),
             UNKNOWN if parity is None else f"{number(parity.relative)} ({parity.where})",
         )
     return table
@@ -88,6 +87,19 @@ def _sound(certificate: Certificate) -> str:
     return number(found.value) + ("" if found.status == "bound" else f" ({found.status})")
 
 
+def _observed(found: Observed | None) -> tuple[str, str, str, str]:
+    """Observed drift against the original, and against the largest profile."""
+    if found is None:
+        return (UNKNOWN,) * 4
+    other = found.teacher
+    return (
+        number(found.p95),
+        number(found.relative),
+        number(None if other is None else other.p95),
+        number(None if other is None else other.relative),
+    )
+
+
 def _ninety(certificate: Certificate) -> float | None:
     """The calibrated bound that holds for 90 % of inputs."""
     bound = None if certificate.calibrated is None else certificate.calibrated.at(0.9)
@@ -95,7 +107,17 @@ def _ninety(certificate: Certificate) -> float | None:
 
 
 _COSTS = ("MMAC", "size MB", "RAM MB", "p50 ms", "p95 ms", "time", "energy mJ")
-_DRIFT = ("proxy", "estimate", "sound", "90 % bound", "observed p95", "relative", "parity")
+_DRIFT = (
+    "proxy",
+    "estimate",
+    "sound",
+    "90 % bound",
+    "observed p95",
+    "relative",
+    "p95 to max",
+    "relative to max",
+    "parity",
+)
 
 
 def layers(chain: Sequence[Profile], title: str = "Format of every layer") -> Table:
@@ -202,6 +224,91 @@ def bounds(chain: Sequence[CompiledProfile], title: str = "Calibrated drift boun
             cells += [number(b.value), number(b.teacher), covered]
         table.add_row(name, *cells, str(found.inputs))
     return table
+
+
+def draws(chain: Sequence[CompiledProfile], title: str = "Disjoint draws, each alone") -> Table:
+    """One row per profile and draw: its bounds, what they cover of the others, drift, labels."""
+    known = [(c.profile.name, f) for c in chain if (f := c.profile.certificate.calibrated)]
+    levels = [b.level for b in known[0][1].bounds] if known else []
+    heads = [head for v in levels for head in (f"{v:.0%} bound", "covers")]
+    table = _table(title, ("profile", "draw"), (*heads, "drift", "same label", "right", "inputs"))
+    for name, found in known:
+        for draw in found.draws:
+            pairs = zip(draw.bounds, draw.covered, strict=True)
+            cells = [c for bound, share in pairs for c in (number(bound), _percent(share))]
+            right = _percent(draw.agreement), _percent(draw.accuracy)
+            table.add_row(
+                name, draw.sha256[:8], *cells, number(draw.drift), *right, str(draw.inputs)
+            )
+    return table
+
+
+def shifted(chain: Sequence[CompiledProfile], title: str = "Bounds on shifted data") -> Table:
+    """One row per profile: what the bounds cover of other data; nothing is promised there."""
+    known = [(c.profile.name, f) for c in chain if (f := c.profile.certificate.calibrated)]
+    levels = [b.level for b in known[0][1].bounds] if known else []
+    heads = [f"{v:.0%} bound covers" for v in levels]
+    table = _table(title, ("profile",), (*heads, "drift", "inputs"))
+    for name, found in known:
+        if (other := found.shifted) is not None:
+            cells = [_percent(share) for share in other.coverage]
+            table.add_row(name, *cells, number(other.drift), str(other.inputs))
+    return table
+
+
+def labels(chain: Sequence[CompiledProfile], title: str = "Labels, against the original") -> Table:
+    """One row per profile: changed labels, all and by margin, confidence, and what bounds certify.
+
+    Flips by margin go from the quarter of inputs with the least margin to that with the most.
+    """
+    known = [(c.profile.name, f) for c in chain if (f := c.profile.certificate.labels)]
+    checks = [_bound_of(c.level) for c in known[0][1].checked] if known else []
+    heads = [h for name in checks for h in (f"{name} certifies %", "and flip %")]
+    fixed = ("flips %", "by margin", "of max %", "confidence", "by margin", "right %", "ECE %")
+    table = _table(title, ("profile",), (*fixed, *heads, "inputs"))
+    for name, found in known:
+        cells = [c for k in found.checked for c in (_percent(k.certified), _percent(k.flips))]
+        table.add_row(
+            name,
+            _percent(found.flips),
+            "/".join(f"{100 * m.flips:.1f}" for m in found.margins),
+            _percent(found.teacher),
+            f"{100 * found.confidence:+.2f}",
+            "/".join(f"{100 * m.confidence:+.1f}" for m in found.margins),
+            _pair(found.accuracy, found.original_accuracy),
+            _pair(found.ece, found.original_ece),
+            *cells,
+            str(found.inputs),
+        )
+    return table
+
+
+def _bound_of(level: float | None) -> str:
+    return "sound" if level is None else f"{level:.0%}"
+
+
+def _percent(share: float | None) -> str:
+    return UNKNOWN if share is None else f"{100 * share:.2f}"
+
+
+def _pair(now: float | None, before: float | None) -> str:
+    """A share of the profile's, and the original's in brackets."""
+    return UNKNOWN if now is None else f"{_percent(now)} ({_percent(before)})"
+
+
+def certificates(chain: Sequence[CompiledProfile]) -> list[Table]:
+    """Every table that these profiles have something to say in."""
+    found = [c.profile.certificate for c in chain]
+    made = []
+    if any(f.calibrated for f in found):
+        made.append(bounds(chain))
+    if any(f.calibrated and f.calibrated.draws for f in found):
+        made.append(draws(chain))
+    if any(f.calibrated and f.calibrated.shifted for f in found):
+        made.append(shifted(chain))
+    if any(f.labels for f in found):
+        made.append(labels(chain))
+    return made
 
 
 def plain(rows: Sequence[Mapping[str, object]], title: str = "") -> Table:

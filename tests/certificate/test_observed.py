@@ -58,6 +58,14 @@ def test_every_profile_is_certified_and_smaller_ones_drift_more() -> None:
     assert seen[0] is not None
     assert seen[-1] is not None
     assert seen[0].mean >= seen[-1].mean
+    for one in seen:  # both columns; the triangle holds between them
+        assert one is not None
+        assert one.teacher is not None
+        assert abs(one.mean - one.teacher.mean) <= seen[-1].mean + 1e-6
+    assert seen[-1].teacher is not None
+    assert (seen[-1].teacher.max, seen[-1].teacher.flips) == (0.0, 0.0)
+    assert seen[0].teacher is not None
+    assert seen[0].teacher.mean > 0
     assert told[-1] == ("observing drift", len(chain), len(chain))
     assert [p.formats for p in chain] == [p.formats for p in found.chain]
 

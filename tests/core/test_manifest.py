@@ -15,9 +15,16 @@ from t3c.core.certificate import (
     Bound,
     Calibrated,
     Certificate,
+    Checked,
+    Draw,
+    Drifts,
     Estimate,
+    Labels,
+    Margin,
+    Observed,
     Proxy,
     Share,
+    Shifted,
 )
 from t3c.core.errors import ArtifactError
 from t3c.core.formats import Dense, LowRank
@@ -40,7 +47,15 @@ CALIBRATED = Calibrated(
     (Bound(0.9, 0.5, 0.4, 0.3, (0.8, 1.0, 0.9)), Bound(0.99, math.inf, math.inf, 1.0, ())),
     40,
     "ab" * 32,
+    (Draw(20, "cd", (0.4, math.inf), (0.9, 1.0), 0.2, 0.95, None),),
+    Shifted(7, "ef", (0.5, 1.0), 0.7),
 )
+OBSERVED = Observed(0.1, 0.1, 0.2, 0.3, 0.01, None, 8, Drifts(0.05, 0.05, 0.1, 0.2, 0.005, 0.25))
+LABELS = Labels(
+    40, 0.1, 0.05, -0.02, 0.9, 0.92, 0.03, 0.02,
+    (Margin(0.0, 0.5, 20, 0.2, -0.03, 0.01), Margin(0.5, 2.0, 20, 0.0, 0.0, None)),
+    (Checked(0.9, 0.6, 0.01), Checked(None, 0.1, 0.0)),
+)  # fmt: skip
 
 
 PROXY = Proxy(
@@ -63,7 +78,9 @@ def profile(name: str, rank: int) -> CompiledProfile:
             ram_bytes=200 * rank,
             latency=Timing(1e-3, 2e-3, Label.MEASURED, 100, 2),
             energy=Energy(1e-3, Label.ESTIMATED),
-            certificate=Certificate(proxy=PROXY, calibrated=CALIBRATED),
+            certificate=Certificate(
+                proxy=PROXY, calibrated=CALIBRATED, observed=OBSERVED, labels=LABELS
+            ),
         ),
         f"profile_{name}",
         ("fc.low", "fc.high"),
@@ -119,6 +136,19 @@ def test_what_is_unknown_is_none_and_comes_back() -> None:
         profiles=(CompiledProfile(bare, "f", ()),), stages=Stages(), calibration_sha256=None
     )
     assert Manifest.from_json(through_json(one)) == one
+
+
+def test_certificates_of_earlier_artifacts_lack_what_came_later() -> None:
+    data = through_json(example())
+    for profile in data["profiles"]:
+        del profile["certificate"]["labels"]
+        del profile["certificate"]["observed"]["teacher"]
+        del profile["certificate"]["calibrated"]["draws"]
+        del profile["certificate"]["calibrated"]["shifted"]
+    found = Manifest.from_json(data).profiles[0].profile.certificate
+    assert found.labels is None
+    assert found.observed == replace(OBSERVED, teacher=None)
+    assert found.calibrated == replace(CALIBRATED, draws=(), shifted=None)
 
 
 def test_unknown_keys_are_ignored() -> None:

@@ -11,10 +11,16 @@ from t3c.core.certificate import (
     Bound,
     Calibrated,
     Certificate,
+    Checked,
+    Draw,
+    Drifts,
     Estimate,
+    Labels,
+    Margin,
     Observed,
     Proxy,
     Share,
+    Shifted,
 )
 from t3c.core.formats import Dense, LowRank
 from t3c.core.manifest import CompiledProfile, Parity
@@ -31,7 +37,19 @@ PROXY = Proxy(
     },
     0.0, 8, 2, 0.1,
 )  # fmt: skip
-UNBOUNDED = Calibrated((Bound(0.9, math.inf, math.inf, 0.1, (1.0,)),), 4, "ab" * 32)
+UNBOUNDED = Calibrated(
+    (Bound(0.9, math.inf, math.inf, 0.1, (1.0,)),),
+    4,
+    "ab" * 32,
+    (Draw(2, "cd" * 32, (math.inf,), (1.0,), 0.2, 0.75, None),),
+    Shifted(7, "ef" * 32, (0.5,), 0.7),
+)
+OBSERVED = Observed(0.1, 0.1, 0.25, 0.3, 0.01, None, 8, Drifts(0.1, 0.1, 0.2, 0.3, 0.02, None))
+LABELS = Labels(
+    8, 0.25, 0.125, -0.02, 0.875, 0.75, 0.03, 0.02,
+    (Margin(0.0, 0.5, 4, 0.5, -0.03, 0.01), Margin(0.5, 2.0, 4, 0.0, -0.01, 0.0)),
+    (Checked(0.9, 0.5, 0.0), Checked(None, 0.25, 0.0)),
+)  # fmt: skip
 FULL = Profile(
     "max",
     {"fc": Dense(8)},
@@ -40,7 +58,7 @@ FULL = Profile(
     7_000_000,
     Timing(1e-3, 2e-3, Label.MEASURED, 9),
     Energy(3e-3, Label.ESTIMATED),
-    Certificate(PROXY, None, UNBOUNDED, Observed(0.1, 0.1, 0.25, 0.3, 0.01, None, 8)),
+    Certificate(PROXY, None, UNBOUNDED, OBSERVED, LABELS),
 )
 
 
@@ -54,9 +72,24 @@ def text(table: Table) -> list[list[str]]:
 
 def test_a_profile_row_has_costs_labels_and_drift() -> None:
     rows = text(tables.profiles([BARE, FULL]))
-    assert rows[0] == ["tiny", "2", "3", "4"] + ["-"] * 11
+    assert rows[0] == ["tiny", "2", "3", "4"] + ["-"] * 13
     assert rows[1][1:8] == ["5", "6", "7", "1", "2", "measured", "3 (estimated)"]
-    assert rows[1][8:] == ["1.5", "0.5", "-", "inf", "0.25", "0.01", "-"]
+    assert rows[1][8:] == ["1.5", "0.5", "-", "inf", "0.25", "0.01", "0.2", "0.02", "-"]
+
+
+def test_a_certificate_shows_draws_shifted_data_and_labels() -> None:
+    chain = [CompiledProfile(BARE, "f", ()), CompiledProfile(FULL, "f", ())]
+    assert text(tables.draws(chain)) == [
+        ["max", "cdcdcdcd", "inf", "100.00", "0.2", "75.00", "-", "2"]
+    ]
+    assert text(tables.shifted(chain)) == [["max", "50.00", "0.7", "7"]]
+    (row,) = text(tables.labels(chain))
+    assert row[:6] == ["max", "25.00", "50.0/0.0", "12.50", "-2.00", "-3.0/-1.0"]
+    assert row[6:] == ["87.50 (75.00)", "3.00 (2.00)", "50.00", "0.00", "25.00", "0.00", "8"]
+    heads = [str(c.header) for c in tables.labels(chain).columns]
+    assert heads[8:12] == ["90% certifies %", "and flip %", "sound certifies %", "and flip %"]
+    assert len(tables.certificates(chain)) == 4
+    assert tables.certificates(chain[:1]) == []
 
 
 def test_layers_are_listed_by_their_share_of_the_drift() -> None:
