@@ -39,6 +39,7 @@ from t3c.controller.statistics import correct
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
 from t3c.core.certificate import Certificate, Labels
 from t3c.core.codes import SiteCodes
+from t3c.core.conservative import increasing
 from t3c.core.errors import CertificateError, LoweringError, PassError, TargetError
 from t3c.core.formats import Format
 from t3c.core.manifest import (
@@ -60,7 +61,7 @@ from t3c.elastic.table import Table
 from t3c.passes.capture import Captured, capture
 from t3c.passes.pipeline import lowering_graph, rewrite
 from t3c.passes.sites import Choice, Makers
-from t3c.proof import TOLERANCE, Batch, Bench, Notes, Progress, increasing
+from t3c.proof import TOLERANCE, Batch, Bench, Notes, Progress
 from t3c.runtime import bundle
 from t3c.runtime.session import load
 from t3c.targets import TargetSpec

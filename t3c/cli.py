@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t3c import targets
 from t3c.core.artifact import Artifact
-from t3c.core.budget import LEVEL, Budget, costs, drift_bound, select
+from t3c.core.budget import LEVEL, Budget, Selector, costs, drift_bound
 from t3c.core.errors import ArtifactError, InfeasibleBudget, ParityError, T3CError, TargetError
+from t3c.core.explain import Explanation, explain
 from t3c.core.manifest import Manifest
 from t3c.core.structure import flatten
 from t3c.report import tables
@@ -302,6 +303,9 @@ def plan(
     max_drift: MaxDrift = None,
     level: Level = None,
     drift: Kind = "calibrated",
+    why: Annotated[
+        bool, typer.Option("--explain", help="What each limit leaves, and which one binds.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -315,13 +319,20 @@ def plan(
         budget = Budget(latency_ms, energy_mj, size_mb, ram_mb, percentile, max_drift, level, drift)
         found = Artifact.read(artifact)
         found.verify()
-        chosen = select(found.manifest.chain, budget)
+        selector = Selector(found.manifest.chain)
+        told = explain(selector, budget) if why else None
+        if told is not None and told.profile is None:
+            console.show(_limits(told))
+        chosen = selector.select(budget)
         row: dict[str, object] = {"profile": chosen.name}
         row |= {n: v if v < math.inf else None for n, v in costs(chosen, percentile).items()}
         if max_drift is not None:
             row["drift_bound"] = drift_bound(chosen, drift, LEVEL if level is None else level)
         shown = {n: tables.UNKNOWN if v is None else v for n, v in row.items()}
         console.show(tables.plain([shown], f"budget {budget}"))
+        if told is not None:
+            console.show(_limits(told), str(told))
+            row["explanation"] = told.to_json()
         console.data({"budget": str(budget), **row})
 
 
@@ -421,12 +432,23 @@ def bench(
     warmup: Annotated[int, typer.Option(help="Calls before, not timed.")] = 10,
     inputs: Inputs = None,
     threads: Threads = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="Time in five fresh processes, and write into the artifact what budgets compare: "
+            "the p95 that another process stays below (with 99 %).",
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Time all profiles, call by call in turn."""
     with command(as_json, quiet, debug) as console:
+        if keep:
+            _record(console, artifact, inputs, calls, threads)
+            return
         session = _open(artifact, threads)
         given = _inputs(session.manifest, inputs, console)
         names = [profile.name for profile in session.profiles]
@@ -562,6 +584,32 @@ def invent_inputs(manifest: Manifest) -> dict[str, Any]:
 def main() -> None:
     """Entry point of the `t3c` command."""
     app()
+
+
+def _record(console: Out, path: Path, inputs: Path | None, calls: int, threads: int | None) -> None:
+    """Measure in fresh processes and keep it."""
+    artifact = Artifact.read(path)
+    artifact.verify()
+    module: Any = import_module("t3c.runtime.record")
+    given = _inputs(artifact.manifest, inputs, console)
+    each = max(20, calls // module.PROCESSES)
+    found = module.record(artifact, given, calls=each, threads=threads)
+    console.show(tables.profiles(found.manifest.profiles, str(found.manifest)))
+    console.data({"artifact": str(found.path), "manifest": found.manifest.to_json()})
+
+
+def _limits(told: Explanation) -> Any:
+    """A table: each limit, what it is compared with, and whether it binds."""
+    picked = "smallest feasible" if told.profile is None else told.profile
+    rows: list[dict[str, object]] = []
+    for row in told.limits:
+        cells: dict[str, object] = {"limit": row.component, "budget": row.limit}
+        cells[picked] = tables.UNKNOWN if row.cost is None else row.cost
+        if told.next is not None:
+            cells[told.next] = tables.UNKNOWN if row.next_cost is None else row.next_cost
+        cells["binds" if told.profile else "fails"] = "yes" if row.binding else ""
+        rows.append(cells)
+    return tables.plain(rows)
 
 
 def _govern(

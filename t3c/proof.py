@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from t3c import targets
 from t3c.codegen.build import Built, is_host
 from t3c.controller.plan import Plan
 from t3c.controller.verdict import Verdicts, judge
+from t3c.core.conservative import increasing
 from t3c.core.errors import ParityError, TargetError
 from t3c.core.manifest import CompiledProfile, Manifest, Parity, Stages, Where
 from t3c.core.objective import Objective
 from t3c.core.probe import Probe
-from t3c.core.profile import Energy, Profile, Timing
 from t3c.elastic.model import ElasticModel
 from t3c.elastic.shadow import relative, shadow
 from t3c.runtime import bundle, emulate
@@ -250,32 +249,3 @@ class _Proof:
                 alone = zip(outputs.values(), elastic.graph(*batch), strict=True)
                 free = max(free, *(relative(got, want) for got, want in alone))
         return Parity(worst, free, TOLERANCE, len(self.batches), where)
-
-
-def increasing(profiles: Sequence[CompiledProfile]) -> tuple[CompiledProfile, ...]:
-    """Raise each cost to the running maximum along the chain, so that budgets are conservative."""
-
-    def join(small: Profile, large: Profile) -> Profile:
-        return replace(
-            large,
-            storage_bytes=max(small.storage_bytes, large.storage_bytes),
-            ram_bytes=max(small.ram_bytes, large.ram_bytes),
-            latency=_slower(small.latency, large.latency),
-            energy=_hungrier(small.energy, large.energy),
-        )
-
-    costs = list(accumulate((c.profile for c in profiles), join))
-    return tuple(replace(c, profile=p) for c, p in zip(profiles, costs, strict=True))
-
-
-def _slower(small: Timing | None, large: Timing | None) -> Timing | None:
-    if small is None or large is None:
-        return large
-    p50 = max(small.p50_s, large.p50_s)
-    return replace(large, p50_s=p50, p95_s=max(p50, small.p95_s, large.p95_s))
-
-
-def _hungrier(small: Energy | None, large: Energy | None) -> Energy | None:
-    if small is None or large is None or small.label is not large.label:
-        return large
-    return replace(large, joules=max(small.joules, large.joules))

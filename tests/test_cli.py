@@ -23,6 +23,7 @@ from t3c.core.errors import (
     TargetError,
 )
 from t3c.core.manifest import Manifest, TargetInfo
+from t3c.runtime import record
 from tests.runtime import toy
 
 
@@ -103,6 +104,35 @@ def test_run_refuses_what_cannot_be_governed(
     done = call("run", artifact.path, *options)
     assert done.exit_code == code
     assert match in done.stderr
+
+
+def test_plan_explains_what_binds(artifact: Artifact) -> None:
+    done = call("plan", artifact.path, "--latency-ms", 1.5, "--size-mb", 1, "--explain")
+    assert done.exit_code == 0
+    assert "'tiny', not 'max', because of latency_ms=1.5 (it has 2)" in done.stdout
+    found = json.loads(
+        call(
+            "plan", artifact.path, "--latency-ms", 1.5, "--size-mb", 1, "--explain", "--json"
+        ).stdout
+    )["explanation"]
+    assert (found["profile"], found["binding"]) == ("tiny", ["latency_ms"])
+    refused = call("plan", artifact.path, "--latency-ms", 0.1, "--ram-mb", 1, "--explain")
+    assert refused.exit_code == 3
+    assert "smallest feasible" in refused.stdout
+    assert "fails" in refused.stdout
+
+
+def test_bench_records_in_the_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = toy.write(tmp_path / "a")
+
+    def measured(*args: object, **more: object) -> record.Run:
+        return record.Run({"seconds": {n: [5e-3] * 20 for n in toy.NAMES}, "threads": 1})
+
+    monkeypatch.setattr(record, "samples", measured)
+    done = call("bench", own.path, "--record", "--json", "-q")
+    assert done.exit_code == 0, done.stderr
+    kept = Artifact.read(own.path).manifest.chain
+    assert [p.latency_ms for p in kept] == pytest.approx([5.0, 5.0])
 
 
 def test_bench_times_every_profile(artifact: Artifact) -> None:

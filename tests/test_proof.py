@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from t3c import targets
+from t3c.core.conservative import increasing
 from t3c.core.manifest import Manifest
 from t3c.core.objective import Objective
 from t3c.core.profile import Energy, Label
-from t3c.proof import Bench, Notes, increasing
+from t3c.proof import Bench, Notes
 from tests.core.test_manifest import example
 
 

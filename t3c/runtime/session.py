@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from t3c.core.artifact import Artifact
-from t3c.core.budget import Budget, DriftKind, Selector
+from t3c.core.budget import Budget, DriftKind, Percentile, Selector
 from t3c.core.errors import ArtifactError, T3CError
+from t3c.core.explain import Explanation, explain
 from t3c.core.manifest import CompiledProfile, Manifest, TensorSpec
 from t3c.core.probe import Probe, Trace
 from t3c.core.profile import Label, Profile, Timing
@@ -149,6 +150,7 @@ class Session:
         max_drift: float | None = None,
         level: float | None = None,
         drift: DriftKind = "calibrated",
+        percentile: Percentile = "p95",
     ) -> Profile:
         """Make later calls run the largest profile that satisfies every limit given.
 
@@ -156,13 +158,14 @@ class Session:
         picks the smallest profile whose bound keeps it.
 
         Args:
-            latency_ms: Milliseconds of one call, 95th percentile.
+            latency_ms: Milliseconds of one call at `percentile`.
             energy_mj: Millijoules of one call.
             size_mb: Stored weights of the profile, 10^6 bytes.
             ram_mb: Memory while it runs, 10^6 bytes.
             max_drift: Bound on the drift ||dz||_2 of one input against the original model.
             level: Share of inputs that the bound holds for; None: 0.9.
             drift: Which bound of the certificate: "calibrated" (`t3c.certify`) or "sound".
+            percentile: Which recorded latency counts: "p95" or "p50".
 
         Returns:
             The profile.
@@ -178,8 +181,16 @@ class Session:
             max_drift=max_drift,
             level=level,
             drift=drift,
+            percentile=percentile,
         )
         return self.set_profile(self._selector.select(budget).name)
+
+    def explain(self, budget: Budget) -> Explanation:
+        """Which profile a budget picks, what each limit leaves, and which one binds.
+
+        An infeasible budget is explained, too, not raised; nothing is switched.
+        """
+        return explain(self._selector, budget)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the current profile.

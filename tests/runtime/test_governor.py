@@ -23,7 +23,8 @@ LAST = len(SECONDS) - 1
 
 
 def governed(plant: Plant, **more: Any) -> Governor:
-    return govern(plant, clock=plant.clock, **{"latency_ms": BUDGET_MS, **more})
+    arguments: dict[str, Any] = {"latency_ms": BUDGET_MS, **more}
+    return govern(plant, clock=plant.clock, **arguments)
 
 
 def drive(plant: Plant, governor: Governor, seconds: float) -> None:
