@@ -295,8 +295,8 @@ class Sound:
     """A proven upper bound on the drift ||dz||_2 of every input of a stated domain.
 
     Attributes:
-        status: ``bound``; ``vacuous``: not below the extent of the original's outputs over the
-            domain; ``unavailable``: no finite bound is known.
+        status: ``bound``; ``vacuous``: not below the extent of the original's outputs, seen at
+            points of the domain; ``unavailable``: no finite bound is known.
         value: The bound, never below that of a larger profile; infinite where unavailable.
         raw: Before it was raised to those of larger profiles.
         teacher: Raw bound on the drift against the largest profile instead of the original.

@@ -22,6 +22,10 @@ BUDGET = 24_000_000
 """Numbers that the symbols of one form may take: 192 MB."""
 
 
+CUT = 2.0
+"""How many times wider than its known ends an element's symbols may be; tried 1, 2 and 4."""
+
+
 class NoRule(Exception):
     """No rule bounds an operator, or its bound is not finite; the message says what."""
 
@@ -140,6 +144,31 @@ class Form:
                 middle = replace(found, c=(found.high + found.low) / 2)
                 return middle.remainder(half, float(half.norm()))
         return found
+
+    def cut(self, symbol: str) -> "Form":
+        """Elements whose known ends are far within the symbols' become symbols of their own.
+
+        They forget what they share with others; what follows reads symbols, not ends.
+        """
+        if self.box is None or self.space.mode != "symbols":
+            return self
+        down, up = self.space.support(self.g)
+        reach = (up - down) / 2 + self.e + (self.h.abs().sum(0) if len(self.h) else 0)
+        half = (self.high - self.low) / 2
+        lost = reach > CUT * half
+        if not bool(lost.any()):
+            return self
+        keep = (~lost).double()
+        bare = replace(
+            self,
+            c=torch.where(lost, (self.high + self.low) / 2, self.c),
+            g=self.g * keep,
+            h=self.h * keep,
+            e=self.e * keep,
+            box=None,
+        )
+        wider = half * (1 + 1e-12) + 1e-15 * self.peak
+        return bare.widened(wider * lost, symbol=symbol).within(*self.box)
 
     def map(
         self, op: Linear, magnitude: Linear, norm: float | None = None, shift: Tensor | None = None

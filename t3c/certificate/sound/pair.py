@@ -13,7 +13,7 @@ U = 2.0**-24
 """Unit round-off of float32."""
 
 
-def gamma(n: int) -> float:
+def gamma(n: float) -> float:
     """N u / (1 - n u), the relative error of n float32 roundings; 1 % more for float64's own.
 
     Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
@@ -29,11 +29,14 @@ class Pair:
         x: The original's value.
         d: The difference.
         grid: Grid that the compressed value lies on, if it is known to.
+        shares: Both values are exact and sum to one over the last axis; float32 adds as many
+            roundings, relative to each element. None: not known, and all rounding is in the forms.
     """
 
     x: Form
     d: Form
     grid: Grid | None = None
+    shares: float | None = None
 
     @property
     def changed(self) -> Form:
@@ -46,7 +49,11 @@ class Pair:
         other = self.changed
         return torch.minimum(self.x.low, other.low), torch.maximum(self.x.high, other.high)
 
-    def rounded(self, ulps: int, least: Tensor | float = 0.0) -> "Pair":
+    def settled(self) -> "Pair":
+        """With the rounding of shares in the forms."""
+        return self if self.shares is None else Pair(self.x, self.d).rounded(self.shares)
+
+    def rounded(self, ulps: float, least: Tensor | float = 0.0) -> "Pair":
         """With the float32 rounding of elementwise operators in both versions.
 
         Args:
@@ -107,8 +114,9 @@ def relu(p: Pair) -> Pair:
 def curve(p: Pair, f: Curve) -> Pair:
     """A smooth function by the mean value theorem.
 
-    Float32 margin: 16 roundings of the result and of 1 + |argument|, for sums such as
-    x (1 + erf(x / sqrt 2)) / 2 lose all relative accuracy where they cancel.
+    Float32 margin: 40 roundings of the result and of 1 + |argument|, for sums such as
+    x (1 + erf(x / sqrt 2)) / 2 lose all relative accuracy where they cancel, and kernels know erf
+    to 2e-6 only. Source: t3c.codegen.kernels.emit.
     """
     low, high = p.x.low, p.x.high
     m, top = f.slopes(low, high)
@@ -123,7 +131,7 @@ def curve(p: Pair, f: Curve) -> Pair:
     d = d.widened(spread * p.d.peak, float(spread.max()) * p.d.norm, symbol="error")
     before, after = f.values(low, high), f.values(p.changed.low, p.changed.high)
     found = Pair(x, d.tightened(after[0] - before[1], after[1] - before[0]))
-    return found.rounded(16, 1 + torch.maximum(a.abs(), b.abs()))
+    return found.rounded(40, 1 + torch.maximum(a.abs(), b.abs()))
 
 
 def _shifted(f: Form, by: Tensor) -> Form:

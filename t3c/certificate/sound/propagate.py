@@ -1,6 +1,7 @@
 """From a cell of inputs to a form of the output difference, along the graph."""
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -8,16 +9,21 @@ import networkx
 import torch
 from torch import Tensor, fx
 
-from t3c.certificate.sound import pair
+from t3c.certificate.sound import normed, pair
+from t3c.certificate.sound.attention import attention, weighted
 from t3c.certificate.sound.domain import Ball, Cell
 from t3c.certificate.sound.form import Form, Mode, NoRule, Space, constant
 from t3c.certificate.sound.pair import Pair
+from t3c.certificate.sound.product import elementwise, multiplied
 from t3c.certificate.sound.sites import site
 from t3c.certificate.sound.slopes import CURVES
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.model import ElasticModel
 from t3c.elastic.snap import Snap
 from t3c.elastic.table import Table
+from t3c.passes.base import run_passes
+from t3c.passes.fuse_rms_norm import FuseRmsNorm
+from t3c.passes.torch_ops import RMS_NORM
 
 aten = torch.ops.aten
 _VIEWS = (
@@ -30,7 +36,12 @@ _VIEWS = (
     aten.unsqueeze.default,
     aten.slice.Tensor,
     aten.select.int,
+    aten._unsafe_view.default,
+    aten.clone.default,
+    aten.contiguous.default,
 )
+_REPEATS = (aten.expand.default,)
+_PARTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
 _AVERAGES = (aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
 
 
@@ -41,16 +52,16 @@ def spread(elastic: ElasticModel, cell: Cell, mode: Mode, cap: int) -> tuple[lis
         NoRule: A node has no rule.
     """
     space = Space(mode, cap)
-    known = _inputs(elastic, cell, space)
+    graph, _ = run_passes(elastic.graph, (FuseRmsNorm(),))
+    known = _inputs(elastic, graph, cell, space)
     outputs: list[Pair] = []
-    for node in networkx.lexicographical_topological_sort(*_dag(elastic.graph)):
+    for node in networkx.lexicographical_topological_sort(*_dag(graph)):
         if node.op == "output":
-            wanted = [n for n in node.args[0] if isinstance(known.get(n), Pair)]
-            outputs = [known[n] for n in wanted]
+            outputs = [known[n].settled() for n in node.args[0] if isinstance(known.get(n), Pair)]
         elif node.op == "get_attr":
-            known[node] = _attribute(elastic.graph, str(node.target))
+            known[node] = _attribute(graph, str(node.target))
         elif node not in known:
-            known[node] = _step(elastic.graph, node, known)
+            known[node] = _step(graph, node, known)
     return outputs, space
 
 
@@ -64,8 +75,10 @@ def _dag(graph: fx.GraphModule) -> tuple[Any, Callable[[fx.Node], int]]:
     return dag.subgraph({end, *networkx.ancestors(dag, end)}), lambda node: order[node]
 
 
-def _inputs(elastic: ElasticModel, cell: Cell, space: Space) -> dict[fx.Node, Any]:
-    places = [n for n in elastic.graph.graph.nodes if n.op == "placeholder"]
+def _inputs(
+    elastic: ElasticModel, graph: fx.GraphModule, cell: Cell, space: Space
+) -> dict[fx.Node, Any]:
+    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if len(places) != len(cell):
         raise ValueError(f"the domain has {len(cell)} inputs, the model {len(places)}")
     known: dict[fx.Node, Any] = {}
@@ -105,13 +118,20 @@ def _attribute(graph: fx.GraphModule, target: str) -> Any:
 
 def _step(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     space: Space = known[fx.Node]  # type: ignore[index]
-    args = fx.node.map_arg(node.args, lambda n: known[n])
+    weights = node.args[0] if node.target in _MEANS else None
+
+    def value(n: fx.node.Argument) -> Any:
+        found = known[n]  # type: ignore[index]
+        return found.settled() if isinstance(found, Pair) and n is not weights else found
+
+    args = fx.node.map_arg(node.args, value)
+    kwargs = fx.node.map_arg(node.kwargs, value)
     name = f"node {node.name!r} ({node.target})"
     try:
         if node.op == "call_module":
             found = _module(graph.get_submodule(str(node.target)), args[0], space)
         else:
-            found = _function(node, args, dict(node.kwargs), space)
+            found = _function(node, args, dict(kwargs), space)
     except NoRule as error:
         raise NoRule(f"{name} has no rule: {error}") from error
     if isinstance(found, Pair) and not (found.x.finite and found.d.finite):
@@ -162,24 +182,39 @@ def _function(node: fx.Node, args: Any, kwargs: dict[str, Any], space: Space) ->
     p = args[0]
     if target is aten.embedding.default:
         return _rows(args[0], args[0], args[1], space)
+    if target is operator.getitem:
+        return p[args[1]]
+    if target in _PRODUCTS and isinstance(p, Tensor) and isinstance(args[1], Pair):
+        p, args = args[1], (args[1], p)  # a constant comes second
     if not isinstance(p, Pair):
         raise NoRule("its first argument is no float of the model")
-    if target in _VIEWS:
-        return _same(p, lambda t: target(t, *args[1:], **kwargs), 1.0, 0)
+    if target in _VIEWS or target in _REPEATS:
+        norm = 1.0 if target in _VIEWS else None
+        return _same(p, lambda t: target(t, *args[1:], **kwargs), norm, 0)
+    if target in _PARTS:
+        return _parts(p, lambda t: target(t, *args[1:], **kwargs))
+    mixing = _mixing(target, args, kwargs)
+    if mixing is not None:
+        return mixing
     if target in _AVERAGES:
         terms = _window(target, args, p.x.c.shape) + 2
         return _same(p, lambda t: target(t, *args[1:], **kwargs), None, terms)
     if target is aten.relu.default:
         return pair.relu(p)
-    smooth = {aten.silu.default: "silu", aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid"}
-    if target in smooth:
-        return pair.curve(p, CURVES[smooth[target]])
-    if target is aten.gelu.default and kwargs.get("approximate", "none") == "none":
-        return pair.curve(p, CURVES["gelu"])
+    if target in _SMOOTH:
+        return pair.curve(p, CURVES[_SMOOTH[target]])
+    if target is aten.gelu.default:
+        kind = kwargs.get("approximate", "none")
+        return pair.curve(p, CURVES["gelu" if kind == "none" else "gelu-tanh"])
     if target is aten.max_pool2d.default:
         return _max_pool(p, lambda t: target(t, *args[1:], **kwargs))
     if target is aten.add.Tensor and kwargs.get("alpha", 1) == 1:
         return _added(p, args[1], space)
+    if target is aten.sub.Tensor and kwargs.get("alpha", 1) == 1:
+        b = args[1]
+        return _added(p, Pair(-b.x, -b.d) if isinstance(b, Pair) else -b, space)
+    if target is aten.mul.Tensor and isinstance(args[1], Pair):
+        return elementwise(p, args[1])
     if target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(args[1], int | float | Tensor):
         factor = torch.as_tensor(args[1], dtype=torch.float64)
         if (factor * p.x.c).shape != p.x.c.shape:
@@ -187,6 +222,74 @@ def _function(node: fx.Node, args: Any, kwargs: dict[str, Any], space: Space) ->
         by = factor if target is aten.mul.Tensor else 1 / factor
         return Pair(p.x.scaled(by), p.d.scaled(by)).rounded(3)
     raise NoRule("unknown operator")
+
+
+_SMOOTH = {
+    aten.silu.default: "silu",
+    aten.tanh.default: "tanh",
+    aten.sigmoid.default: "sigmoid",
+    aten.erf.default: "erf",
+}
+_PRODUCTS = (aten.add.Tensor, aten.mul.Tensor)
+_MEANS = (aten.matmul.default, aten.bmm.default)
+
+
+def _mixing(target: Any, args: Any, kwargs: dict[str, Any]) -> Pair | None:
+    """Norms, softmax, attention, products; None: none of them."""
+    p: Pair = args[0]
+    if target is aten.layer_norm.default:
+        x, shape, gain, bias, eps = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]
+        _last(shape, x)
+        return normed.norm(x, gain, bias, eps, centred=True)
+    if target is aten.rms_norm.default:
+        x, shape, gain, least = (*args, *(None, None)[len(args) - 2 :])[:4]
+        _last(shape, x)
+        eps = torch.finfo(torch.float32).eps if least is None else least
+        return normed.norm(x, gain, None, eps, centred=False)
+    if target is RMS_NORM:
+        return normed.norm(p, args[1], None, args[2], centred=False)
+    if target in (aten.softmax.int, aten._softmax.default):
+        if args[1] % p.x.c.dim() != p.x.c.dim() - 1:
+            raise NoRule("a softmax along another than the last axis")
+        made = normed.softmax(p)
+        return Pair(made.x, made.d, shares=normed.roundings(p))
+    if target is aten.scaled_dot_product_attention.default:
+        return _attend(args, kwargs)
+    if target in _MEANS:
+        b = args[1]
+        if not isinstance(b, Pair) or p.x.c.shape[:-2] != b.x.c.shape[:-2]:
+            raise NoRule("a product with a constant, or of batches that differ")
+        if p.shares is not None:
+            return weighted(p, b, p.shares)
+        return multiplied(p, b, p.x.c.shape[-1] + 8)
+    return None
+
+
+def _parts(p: Pair, split: Callable[[Tensor], Any]) -> list[Pair]:
+    def part(i: int) -> Pair:
+        return _same(p, lambda t: split(t)[i], 1.0, 0)
+
+    return [part(i) for i in range(len(split(p.x.c)))]
+
+
+def _last(shape: Any, p: Pair) -> None:
+    if len(shape) != 1 or int(shape[0]) != p.x.c.shape[-1]:
+        raise NoRule(f"a norm over {list(shape)}, not over the last axis")
+
+
+def _attend(args: Any, kwargs: dict[str, Any]) -> Pair:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    if given.get("dropout_p") or not all(isinstance(t, Pair) for t in (q, k, v)):
+        raise NoRule("attention with dropout, or of constants")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise NoRule("a mask that depends on the inputs")
+    if q.x.c.shape[:-2] != k.x.c.shape[:-2] or k.x.c.shape[:-1] != v.x.c.shape[:-1]:
+        raise NoRule("heads that share keys and values")
+    scale = given.get("scale")
+    factor = 1 / math.sqrt(q.x.c.shape[-1]) if scale is None else float(scale)
+    return attention(q, k, v, mask, bool(given.get("is_causal", False)), factor)
 
 
 def _window(target: Any, args: Any, shape: torch.Size) -> int:

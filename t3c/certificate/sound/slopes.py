@@ -60,6 +60,19 @@ def _silu_slope(x: Tensor) -> Tensor:
     return s + x * s * (1 - s)
 
 
+_INNER, _CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(_INNER * (x + _CUBE * x**3)))
+
+
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    t = torch.tanh(_INNER * (x + _CUBE * x**3))
+    inner = _INNER * (1 + 3 * _CUBE * x * x)
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
+
+
 CURVES = {
     "gelu": Curve(
         lambda x: x * torch.special.ndtr(x),
@@ -73,6 +86,13 @@ CURVES = {
         (-1.2784645427610738,),
         (-2.399357280520016, 2.399357280520016),
     ),
+    "gelu-tanh": Curve(
+        _gelu_tanh,
+        _gelu_tanh_slope,
+        (-0.7524614220710162,),
+        (-1.4185040087908284, 1.4185040087908284),
+    ),
+    "erf": Curve(torch.erf, lambda x: 2 / math.sqrt(math.pi) * torch.exp(-x * x), (), (0.0,)),
     "tanh": Curve(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2, (), (0.0,)),
     "sigmoid": Curve(
         torch.sigmoid, lambda x: torch.sigmoid(x) * (1 - torch.sigmoid(x)), (), (0.0,)

@@ -1,3 +1,5 @@
+import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -6,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from t3c.certificate.sound import Ball, Box, Domain, certify, sound_bounds
-from t3c.certificate.sound.form import Form, Space, constant
+from t3c.certificate.sound.form import MODES, Form, Mode, Space, constant
 from t3c.certificate.sound.norms import conv_norm, largest_norm, matrix_norm
 from t3c.certificate.sound.pair import Pair, curve, gamma
 from t3c.certificate.sound.propagate import _window
@@ -36,6 +38,24 @@ class Conv(nn.Module):
         return y
 
 
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.LayerNorm(8), nn.RMSNorm(8)
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.a, self.b, self.l = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.before(x)).chunk(3, -1)
+        q, k, v = (p.view(1, 3, 2, 4).transpose(1, 2) for p in parts)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.o(mixed.transpose(1, 2).reshape(1, 3, 8))
+        x = x + self.b(nn.functional.gelu(self.a(self.after(x)), approximate="tanh"))
+        y: Tensor = self.l(x.mean(1))
+        return y
+
+
+@functools.cache
 def nets() -> dict[str, tuple[ElasticModel, Tensor, list[dict[str, Format]]]]:
     torch.manual_seed(0)
     dense = nn.Sequential(
@@ -49,7 +69,11 @@ def nets() -> dict[str, tuple[ElasticModel, Tensor, list[dict[str, Format]]]]:
         {"0": Dense(8), "2": LowRank(8), "4": Dense(8)},
         {"0": Dense(8), "2": Dense(8), "4": Dense(8)},
     ]
+    rows = torch.randn(1, 3, 8)
+    mixing = elasticize(Transformer().eval(), (rows,))
+    all8: dict[str, Format] = {name: Dense(8) for name in mixing.sites}
     return {
+        "attention": (mixing, rows, [{**all8, "qkv": LowRank(4), "a": LowRank(4)}, all8]),
         "mlp": (elasticize(dense, (x,)), x, low),
         "conv": (conv, image, [{**eight, "c": Tucker2(4, 4)}, eight]),
     }
@@ -87,18 +111,25 @@ def attack(model: ElasticModel, formats: dict[str, Format], region: Box | Ball) 
     return worst
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv"])
-@pytest.mark.parametrize("mode", ["interval", "norm", "both", "symbols"])
-def test_no_attack_exceeds_the_bound(name: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, mode) for name in ("mlp", "conv") for mode in MODES),
+        ("attention", "interval"),
+        ("attention", "symbols"),
+    ],
+)
+def test_no_attack_exceeds_the_bound(name: str, mode: Mode) -> None:
     model, x, formats = nets()[name]
     for domain in (
         Domain.around([(x,)], 0.02),
         Domain.around([(x,)], 0.1, "l2"),
         Domain.box(-torch.ones_like(x), torch.ones_like(x)),
     ):
-        found = sound_bounds(model, chain(formats), domain, mode=mode)  # type: ignore[arg-type]
+        found = sound_bounds(model, chain(formats), domain, mode=mode)
         for i, chosen in enumerate(formats):
             assert attack(model, chosen, domain.cells[0][0]) <= found[f"p{i}"].raw
+            assert found[f"p{i}"].raw < math.inf
         values = [s.value for s in found.values()]
         assert values == sorted(values, reverse=True)
 
@@ -112,7 +143,7 @@ def test_symbols_are_tighter_than_intervals_near_data() -> None:
 
 
 def test_operators_without_a_rule_are_named() -> None:
-    model = elasticize(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)).eval(), (torch.randn(1, 4),))
+    model = elasticize(nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)).eval(), (torch.randn(1, 4),))
     found = certify(
         model, chain([{"0": Dense(8)}]), Domain.box(-torch.ones(1, 4), torch.ones(1, 4))
     )
@@ -153,6 +184,8 @@ def test_smooth_margins_cover_float32_where_it_cancels(name: str) -> None:
     made = curve(Pair(constant(space, x), zero), CURVES[name]).x
     float32: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu": nn.functional.gelu,
+        "gelu-tanh": lambda t: nn.functional.gelu(t, approximate="tanh"),
+        "erf": torch.erf,
         "silu": nn.functional.silu,
         "tanh": torch.tanh,
         "sigmoid": torch.sigmoid,
@@ -196,6 +229,29 @@ def test_boxes_around_data_reach_beyond_rounded_ends() -> None:
     assert isinstance(box, Box)
     assert bool((box.low.double() <= x.double() - 1e-8).all())
     assert bool((box.high.double() >= x.double() + 1e-8).all())
+
+
+def test_without_a_mode_each_cell_has_the_least_of_all() -> None:
+    model, x, formats = nets()["mlp"]
+    domain = Domain.box(-torch.ones_like(x), torch.ones_like(x))
+    each = [sound_bounds(model, chain(formats), domain, mode=mode) for mode in MODES]
+    best = sound_bounds(model, chain(formats), domain)
+    assert best["p0"].raw == min(found["p0"].raw for found in each)
+
+
+def test_a_bound_as_large_as_the_range_of_the_logits_is_vacuous() -> None:
+    torch.manual_seed(0)
+    x = torch.zeros(1, 4)
+    model = elasticize(nn.Sequential(nn.Linear(4, 2)).eval(), (x,))
+    lines = chain([{"0": LowRank(1)}, {"0": Dense(8)}])
+    wide = sound_bounds(model, lines, Domain.box(x - 1, x + 1))
+    assert wide["p1"].status == "bound"
+    corner = Domain.box(x, x)
+    found = sound_bounds(model, lines, corner)
+    assert found["p0"].status == "vacuous"
+    assert "extent" in found["p0"].reason
+    apart = Domain.around([(x - 1,), (x + 1,)], 1e-3)  # what counts is the range over all cells
+    assert sound_bounds(model, lines, apart)["p1"].status == "bound"
 
 
 def test_domains_refuse_what_they_cannot_state() -> None:
