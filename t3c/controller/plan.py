@@ -14,7 +14,7 @@ from t3c.controller.calibrate import collect, factorize, kind_of, round_weights
 from t3c.controller.costs import ENERGY, check, has_four_bits, storage_bytes
 from t3c.controller.damage import DamageTable, Menu, measure
 from t3c.controller.grids import fit_grids
-from t3c.controller.options import SHARES, gate
+from t3c.controller.options import COUNTED, SHARES, gate
 from t3c.controller.progress import Progress, silent
 from t3c.controller.statistics import correct
 from t3c.controller.suffix import Suffix
@@ -158,14 +158,7 @@ def plan(
         round_weights(elastic, both, menu, progress)
         if static:
             elastic.set_grids(fit_grids(elastic, batches, bits))
-    options = {
-        name: [
-            search.Option(d.format, d.cost, table.entries[name][d.format].damage)
-            for d in decisions
-            if d.site == name and d.kept
-        ]
-        for name in elastic.sites
-    }
+    options = options_of(decisions, table)
     path = search.path(options)
     if len(path) < profiles:
         path = search.fine_path(options)
@@ -214,6 +207,16 @@ def plan(
         fixed=fixed,
         objective=objective,
     )
+
+
+def options_of(gate: Sequence[GateRow], table: DamageTable) -> dict[str, list[search.Option]]:
+    """What the search chooses from: site name -> kept formats with cost and damage, dense first."""
+    options: dict[str, list[search.Option]] = {name: [] for name in table.entries}
+    for row in gate:
+        if row.kept:
+            damage = table.entries[row.site][row.format].damage
+            options[row.site].append(search.Option(row.format, row.cost, damage))
+    return options
 
 
 def _chain(
@@ -285,7 +288,7 @@ def menu_of(
             objective=objective,
         )
 
-    coarse = rows(SHARES)
+    coarse = rows(SHARES if objective is Objective.LATENCY else COUNTED)
     smaller = sum(d.kept and not isinstance(d.format, Dense) for d in coarse)
     return coarse if smaller >= 3 * profiles else rows(None)
 
