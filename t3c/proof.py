@@ -175,11 +175,14 @@ class Bench:
         for compiled in manifest.profiles:
             name = compiled.profile.name
             ratio = float(np.median(samples[name] / samples[names[-1]]))  # of calls side by side
+            slow = f"{ratio:.2f} times as long as {names[-1]!r}"
             if ratio > SLOWER and manifest.objective is Objective.LATENCY:
-                self.notes.add(
-                    f"dropped profile {name!r}: it took {ratio:.2f} times as long as {names[-1]!r}"
-                )
+                self.notes.add(f"dropped profile {name!r}: it took {slow}")
                 continue
+            if ratio > SLOWER:
+                self.notes.add(
+                    f"profile {name!r} took {slow}; it stays, the chain is for {manifest.objective}"
+                )
             latency = summarize(samples[name].tolist(), session.threads)
             kept.append(replace(compiled, profile=replace(compiled.profile, latency=latency)))
         return replace(manifest, profiles=increasing(kept))

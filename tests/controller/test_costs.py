@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from t3c.controller.costs import check, site_costs, storage_bytes
 from t3c.controller.options import gate
-from t3c.controller.plan import plan
+from t3c.controller.plan import menu_of, plan
 from t3c.core.errors import TargetError
 from t3c.core.formats import Dense, Format, LowRank, at_most
 from t3c.core.gate import GateRow, Measured
@@ -18,8 +19,9 @@ from t3c.core.profile import Label
 from t3c.core.sites import LinearSite, Site
 from t3c.cost_models import cost_model
 from t3c.targets import get
+from t3c.targets.base import Roofline
 from t3c.targets.x86 import VNNI
-from tests.controller.models import block, mlp, more
+from tests.controller.models import Mlp, block, elastic, mlp, more
 
 SITES: dict[str, Site] = {
     "q": LinearSite("q", 384, 384, 128, True),
@@ -60,6 +62,17 @@ def test_bytes_fall_by_four_bits_first_and_products_never() -> None:
         assert all(row.format.bits == 4 for row in rows[1:])
     for rows in rows_of(Objective.MACS).values():
         assert all(row.format.bits == 8 for row in rows)
+
+
+def test_counted_costs_offer_more_ranks_than_times() -> None:
+    model = elastic(Mlp(256, 2, 10), torch.randn(8, 256))
+    spec = replace(VNNI, roofline=Roofline(1e9, 1e9, 1e15, 1e-15, 1e-15, 1e-9))
+
+    def ranks(objective: Objective) -> set[Format]:
+        rows = menu_of(model, spec, cost_model(spec), 1, objective=objective)
+        return {row.format for row in rows if row.kept and row.site == "fc0"}
+
+    assert ranks(Objective.LATENCY) < ranks(Objective.MACS)
 
 
 def test_a_format_that_measures_slower_stays_where_time_is_no_objective() -> None:
