@@ -13,7 +13,7 @@ from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import tvm
 from t3c.codegen.weights import ConvStep, Families, conv_steps
 from t3c.core import ops
-from t3c.core.codes import F32, Grouped, Matrix, SiteCodes
+from t3c.core.codes import F32, Grouped, Matrix, Nested, SiteCodes
 from t3c.core.formats import Format, LowRank
 from t3c.core.grid import Grid
 from t3c.core.sites import ConvSite, LinearSite, Site
@@ -83,10 +83,11 @@ def _cases(
         four = fmt.bits == 4
         low, high = (codes.low4, codes.high4) if four else (codes.low, codes.high)
         dense = codes.dense4 if four else codes.dense
+        parts: list[Matrix | Grouped | Nested]
         if isinstance(fmt, LowRank) and low is not None and high is not None:
             parts = [low.prefix(rows=fmt.rank), high.prefix(cols=fmt.rank)]
         else:
-            parts = [dense] if dense is not None else []
+            parts = [] if dense is None else [dense]
         for part in parts:
             yield _linear_case(site, part, families, rng)
     else:
@@ -96,12 +97,18 @@ def _cases(
 
 
 def _linear_case(
-    site: LinearSite, w: Matrix | Grouped, families: Families, rng: np.random.Generator
+    site: LinearSite, w: Matrix | Grouped | Nested, families: Families, rng: np.random.Generator
 ) -> _Case:
-    n, k = w.q.shape
+    n, k = (w.fine if isinstance(w, Nested) else w.q).shape
     x = rng.standard_normal((site.rows, k), dtype=np.float32)
     bias = np.zeros(n, np.float32)
-    if isinstance(w, Grouped):
+    if isinstance(w, Nested):
+        four = families.grouped()
+        raw = four.nested(site.rows, n, k, raw=True)
+        fine = {f"fine {name}": value for name, value in four.pack_fine(w).items()}
+        packed = four.pack_dense(w.coarse, bias) | fine
+        exact = ops.group_accumulators(x, w.whole).reshape(-1, n)
+    elif isinstance(w, Grouped):
         raw = families.grouped().dense(site.rows, n, k, raw=True)
         packed = families.grouped().pack_dense(w, bias)
         exact = ops.group_accumulators(x, w).reshape(-1, n)

@@ -26,6 +26,7 @@ from t3c.codegen.kernels.norm import NormOptions, layer_norm, rms_norm
 from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import relax, substitute
 from t3c.codegen.weights import DepthwiseStep, WeightStore, conv_steps, rank_max
+from t3c.core.codes import Nested
 from t3c.core.formats import Format, LowRank
 from t3c.core.sites import ConvSite, LinearSite, Site
 
@@ -272,9 +273,13 @@ class Body:
         weights = [self.weight(n) for n in self.names(site, fmt)]
         extra = [self.reshape(a, (m, site.n)) for a in args[1:]]
         product = self.owner.store.families.grouped() if fmt.bits == 4 else family
+        owned = self.owner.store.codes[site.name]
         if isinstance(fmt, LowRank):
-            most = rank_max(site, self.owner.store.codes[site.name], fmt)
+            most = rank_max(site, owned, fmt)
             kernel = product.low_rank(m, site.n, site.k, fmt.rank, most, what.epilogue)
+        elif fmt.bits != 4 and isinstance(owned.dense, Nested):
+            four = self.owner.store.families.grouped()
+            kernel = four.nested(m, site.n, site.k, what.epilogue)
         else:
             kernel = product.dense(m, site.n, site.k, what.epilogue)
         y = self.call(kernel, [*codes, *weights, *extra])

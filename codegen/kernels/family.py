@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t3c.codegen.kernels.schedule import Op, Schedule
-from t3c.core.codes import F32, Grouped, Matrix
+from t3c.core.codes import F32, Grouped, Matrix, Nested
 from t3c.core.errors import LoweringError
 from t3c.core.grid import ends_of
 
@@ -132,6 +132,17 @@ class AbstractGroupedKernels(ABC):
         """(codes, scales, *pack_dense, [residual [m, n] f32]) -> y [m, n] f32.
 
         With `raw` the output is the int32 accumulators of each group, [ceil(k / 64) * m, n].
+        """
+
+    @abstractmethod
+    def pack_fine(self, w: Nested) -> Packed:
+        """The second plane of `nested`; the first is `pack_dense` of its coarse codes."""
+
+    @abstractmethod
+    def nested(self, m: int, n: int, k: int, epilogue: str = "", *, raw: bool = False) -> Kernel:
+        """(codes, scales, *pack_dense, *pack_fine, [residual [m, n] f32]) -> y [m, n] f32.
+
+        The 8-bit weights of both planes. With `raw` as `dense`.
         """
 
     @abstractmethod

@@ -5,6 +5,9 @@ high one to input i + 4. Nibbles are codes plus 8, so sums exceed the true ones 
 the group); accumulators start below by that. They are exact integers; a float32 sum over the
 groups follows. One row reads every weight once, in several streams; many rows share unpacked
 weights within a block.
+
+A nested layer has a second plane of nibbles, laid out alike. With it the same lines give bytes
+RATIO * coarse + fine, the 8-bit weights: one buffer serves both widths.
 """
 
 from abc import ABC, abstractmethod
@@ -44,12 +47,14 @@ from t3c.codegen.kernels.linear_tiles import (
     pad_to,
     walk_blocks,
 )
-from t3c.core.codes import F32, GROUP, I8, Grouped
+from t3c.core.codes import F32, GROUP, I8, RATIO, Grouped, Nested
 
 ROWS = CodeLayout(tiled=False, sums=False)
 """What the products read: codes row by row."""
 LINES = GROUP // 8
 """Lines of a group."""
+COARSE_EXCESS = 8
+"""What a nibble exceeds its code by."""
 BYTES_US = 2e4
 """Weight bytes read from memory in a microsecond on one thread."""
 WORTH_US = 100.0
@@ -69,6 +74,8 @@ class GroupDot(ABC):
     """Accumulator registers of a block of few rows."""
     macs_us: ClassVar[float]
     """Multiply-adds in a microsecond on one thread."""
+    excess: ClassVar[int] = COARSE_EXCESS * (RATIO + 1)
+    """What the operands of nested weights exceed their codes by."""
 
     @abstractmethod
     def add(self, acc: str, low: tuple[str, str], high: tuple[str, str]) -> str:
@@ -88,6 +95,28 @@ class GroupDot(ABC):
         down = f"{words} >> T.broadcast(T.int16(4), {size // 2})"
         high = f'T.reinterpret({down}, dtype="int8x{size}") & {mask}'
         return e.let("low", f"{line} & {mask}"), e.let("high", high)
+
+    def operands(self, e: Emitter, lines: Sequence[str]) -> tuple[str, ...]:
+        """Registers to multiply, of a line of one plane or of one line of each.
+
+        Both planes make bytes RATIO * coarse + fine, from 0 to 15 * RATIO + 15. None carries into
+        its neighbour, so words of 16 bits are shifted in place of bytes.
+        """
+        if len(lines) == 1:
+            return self.nibbles(e, lines[0])
+        size = 4 * self.part
+        shift = f"T.broadcast(T.int16({RATIO.bit_length() - 1}), {size // 2})"
+        planes = [self.nibbles(e, line) for line in lines]
+        found = []
+        for coarse, fine in zip(*planes, strict=True):
+            words = f'T.reinterpret({coarse}, dtype="int16x{size // 2}") << {shift}'
+            found.append(e.let("byte", f'T.reinterpret({words}, dtype="int8x{size}") + {fine}'))
+        return tuple(found)
+
+    def total(self, acc: str, operands: tuple[str, ...], codes: tuple[str, str]) -> str:
+        """The accumulators plus the products of `operands` by the codes of both nibbles."""
+        low, high = operands
+        return self.add(acc, (low, codes[0]), (high, codes[1]))
 
 
 def pack_nibbles(q: I8) -> NDArray[np.uint8]:
@@ -125,7 +154,7 @@ class Inputs:
 
     Attributes:
         codes: [m][k padded to 64] int8.
-        starts: [m][k/64] int32, -8 times the sum of a group's codes.
+        starts: [m][k/64] int32, the sum of a group's codes times minus the weights' excess.
         scales: [m] float32, or longer.
     """
 
@@ -135,7 +164,12 @@ class Inputs:
 
 
 def emit_inputs(
-    e: Emitter, layout: CodeLayout, codes: str, scales: str, size: tuple[int, int]
+    e: Emitter,
+    layout: CodeLayout,
+    codes: str,
+    scales: str,
+    size: tuple[int, int],
+    excess: int = COARSE_EXCESS,
 ) -> Inputs:
     """Emit the sums of groups, and a copy of codes [m, k] that do not lie row by row."""
     m, k = size
@@ -151,7 +185,7 @@ def emit_inputs(
                 e(f'{ROWS.at(rows, row, kb, u * LANES)} = T.cast({part}, "int8x{LANES}")')
             parts.append(f'T.cast({part}, "int32x{LANES}")')
         total = f'T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", {" + ".join(parts)})'
-        e(f"{starts}[{row}, {kb}] = {total} * -8")
+        e(f"{starts}[{row}, {kb}] = {total} * {-excess}")
     return Inputs(rows, starts, scales)
 
 
@@ -165,6 +199,7 @@ class GroupFinish:
         bias: Buffer of the bias; None: no bias.
         steps: Epilogue.
         raw: Store the int32 accumulators of each group.
+        ratio: What sums are divided by: steps of the codes in one of the scales' steps.
     """
 
     y: str
@@ -172,6 +207,7 @@ class GroupFinish:
     bias: str | None
     steps: Sequence[str] = ()
     raw: bool = False
+    ratio: int = 1
 
     def valid(self, panel: int) -> int:
         """Columns of a panel that exist."""
@@ -182,6 +218,8 @@ class GroupFinish:
     ) -> None:
         """Finish and store the float32 sums of one row and panel."""
         col = f"({panel}) * {PANEL}"
+        if self.ratio != 1:
+            scale = f"{scale} * T.float32({1 / self.ratio!r})"
         value = f"{total} * {splat(scale)}"
         value = f"{value} + {self.bias}[{lanes(col)}]" if self.bias else value
         value = e.let("v", value)
@@ -195,7 +233,7 @@ class GroupProduct:
 
     Attributes:
         inputs: The rows.
-        weights: Buffer of nibbles.
+        weights: Buffers of nibbles: the one plane, or the coarse and the fine one.
         columns: Buffer of the scales of the weights.
         depth_first: Weights and scales lie with groups outermost.
         dot: The multiplication.
@@ -204,7 +242,7 @@ class GroupProduct:
     """
 
     inputs: Inputs
-    weights: str
+    weights: tuple[str, ...]
     columns: str
     depth_first: bool
     dot: GroupDot
@@ -220,7 +258,8 @@ class GroupProduct:
     def threads(self) -> bool:
         """Whether the work is worth several threads."""
         m, n, k = self.size
-        return max(m * n * k / self.dot.macs_us, n * k / 2 / BYTES_US) > WORTH_US
+        read = n * k / 2 * len(self.weights)
+        return max(m * n * k / self.dot.macs_us, read / BYTES_US) > WORTH_US
 
     def emit(self, e: Emitter) -> None:
         """Emit the whole product."""
@@ -329,13 +368,13 @@ class GroupProduct:
             for panel, group in places:
                 for p in range(0, LANES, part):
                     at = f"{self._at(panel, group)}, {line}, {lanes(4 * p, 4 * part)}"
-                    weights.append((group, dot.nibbles(e, f"{self.weights}[{at}]")))
+                    lines = [f"{plane}[{at}]" for plane in self.weights]
+                    weights.append((group, dot.operands(e, lines)))
             for row, names in zip(rows, accs, strict=True):
                 inputs = {g: self._inputs(e, row, g, line) for g in groups}
-                for name, (group, (w_low, w_high)) in zip(names, weights, strict=True):
+                for name, (group, operands) in zip(names, weights, strict=True):
                     acc = f"{name}[{lanes(0, part)}]"
-                    low, high = inputs[group]
-                    e(f"{acc} = {dot.add(acc, (w_low, low), (w_high, high))}")
+                    e(f"{acc} = {dot.total(acc, operands, inputs[group])}")
         return accs
 
     def _at(self, panel: str, group: str) -> str:
@@ -418,23 +457,46 @@ class AbstractGroupFamily(AbstractGroupedKernels):
             "bias": pack_columns(bias),
         }
 
+    def pack_fine(self, w: Nested) -> Packed:
+        """The second plane of nested weights, laid out as the first."""
+        return {"weight": pack_nibbles(w.fine)}
+
     def dense(self, m: int, n: int, k: int, epilogue: str = "", *, raw: bool = False) -> Kernel:
         """See `AbstractGroupedKernels.dense`."""
+        return self._dense(("weight",), COARSE_EXCESS, (m, n, k), "" if raw else epilogue, raw)
+
+    def nested(self, m: int, n: int, k: int, epilogue: str = "", *, raw: bool = False) -> Kernel:
+        """See `AbstractGroupedKernels.nested`."""
+        planes = ("weight", "fine")
+        return self._dense(planes, self.dot.excess, (m, n, k), "" if raw else epilogue, raw)
+
+    def _dense(
+        self,
+        planes: tuple[str, ...],
+        excess: int,
+        size: tuple[int, int, int],
+        epilogue: str,
+        raw: bool,
+    ) -> Kernel:
+        m, n, k = size
         check_sizes(self.prefix, m=m, n=n, k=k)
-        steps = epilogue_steps("" if raw else epilogue)
-        depth = ceil_div(k, GROUP)
+        steps = epilogue_steps(epilogue)
+        depth, panels = ceil_div(k, GROUP), ceil_div(n, PANEL)
         e = Emitter()
-        inputs = emit_inputs(e, self.layout(m), "codes", "scales", (m, k))
-        finish = GroupFinish("y", n, "bias", steps, raw)
-        GroupProduct(inputs, "weight", "scale", False, self.dot, (m, n, k), finish).emit(e)
+        inputs = emit_inputs(e, self.layout(m), "codes", "scales", (m, k), excess)
+        ratio = 1 if len(planes) == 1 else RATIO
+        finish = GroupFinish("y", n, "bias", steps, raw, ratio)
+        GroupProduct(inputs, planes, "scale", False, self.dot, size, finish).emit(e)
+        what = "dense" if len(planes) == 1 else "nested"
         sizes = (f"m{m}", f"n{n}", f"k{k}")
-        name = kernel_name("linear4", self.prefix, "dense", *sizes, "raw" if raw else epilogue)
-        panels = ceil_div(n, PANEL)
+        name = kernel_name("linear4", self.prefix, what, *sizes, "raw" if raw else epilogue)
+        lines = {plane: buffer(plane, (panels, depth, LINES, 64), "uint8") for plane in planes}
         params = [
             *self._codes(m, k),
-            buffer("weight", (panels, depth, LINES, 64), "uint8"),
+            lines["weight"],
             buffer("scale", (scale_panels(n), depth, PANEL), "uint16"),
             buffer("bias", (panels * PANEL,), "float32"),
+            *(text for plane, text in lines.items() if plane != "weight"),
         ]
         if "add" in steps:
             params.append(buffer("residual", (m, n), "float32"))
@@ -466,11 +528,11 @@ class AbstractGroupFamily(AbstractGroupedKernels):
         scales = e.alloc("scales", (m,), "float32")
         inputs = emit_inputs(e, self.layout(m), "codes", "scales", (m, k))
         thin = GroupFinish(middle, rank, None)
-        GroupProduct(inputs, "low", "low_scale", False, self.dot, (m, rank, k), thin).emit(e)
+        GroupProduct(inputs, ("low",), "low_scale", False, self.dot, (m, rank, k), thin).emit(e)
         emit_quantize(e, ROWS, middle, codes, scales, (m, rank))
         between = emit_inputs(e, ROWS, codes, scales, (m, rank))
         wide = GroupFinish("y", n, "bias", steps)
-        GroupProduct(between, "high", "high_scale", True, self.dot, (m, n, rank), wide).emit(e)
+        GroupProduct(between, ("high",), "high_scale", True, self.dot, (m, n, rank), wide).emit(e)
         sizes = (f"m{m}", f"n{n}", f"k{k}", f"r{rank}of{rank_max}")
         name = kernel_name("linear4", self.prefix, "low_rank", *sizes, epilogue)
         panels, thin_panels = ceil_div(n, PANEL), ceil_div(rank_max, PANEL)

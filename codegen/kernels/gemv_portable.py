@@ -22,6 +22,7 @@ from t3c.codegen.kernels.emit import (
 )
 from t3c.codegen.kernels.family import AbstractGroupedKernels, Kernel, Packed
 from t3c.codegen.kernels.gemv_groups import (
+    COARSE_EXCESS,
     ROWS,
     GroupFinish,
     Inputs,
@@ -41,7 +42,7 @@ from t3c.codegen.kernels.linear_tiles import (
     pad_to,
     walk_blocks,
 )
-from t3c.core.codes import F32, GROUP, I8, Grouped
+from t3c.core.codes import F32, GROUP, I8, RATIO, Grouped, Nested
 
 HEIGHT = 2
 """Rows of a block."""
@@ -68,14 +69,14 @@ class Product:
 
     Attributes:
         inputs: The rows.
-        weights: Buffer of nibbles.
+        weights: Buffers of nibbles: the one plane, or the coarse and the fine one.
         columns: Buffer of the scales of the weights.
         size: (m, n, k).
         finish: What becomes of the sums.
     """
 
     inputs: Inputs
-    weights: str
+    weights: tuple[str, ...]
     columns: str
     size: tuple[int, int, int]
     finish: GroupFinish
@@ -144,13 +145,23 @@ class Product:
                     for at in (b, f"{b} + {HALF}")
                 ]
                 for j, name in enumerate(line):
-                    byte = f"{self.weights}[{first} + {j}, {kb}, {b}]"
-                    low = f'T.cast(T.cast({byte} & T.uint8(15), "int8"), "int32")'
-                    high = f'T.cast(T.cast({byte} >> T.uint8(4), "int8"), "int32")'
+                    low, high = self._nibbles(f"{first} + {j}, {kb}, {b}")
                     e(f"{name}[0] = {name}[0] + {codes[0]} * {low} + {codes[1]} * {high}")
         for i, line in enumerate(sums):
             for j, name in enumerate(line):
                 e(f"{acc}[{i}, {group} * {WIDTH} + {j}] = {name}[0]")
+
+    def _nibbles(self, at: str) -> tuple[str, str]:
+        """Weights of the low and the high nibbles of a byte, above their codes by the excess."""
+        found = []
+        for half in ("& T.uint8(15)", ">> T.uint8(4)"):
+            planes = [
+                f'T.cast(T.cast({plane}[{at}] {half}, "int8"), "int32")' for plane in self.weights
+            ]
+            found.append(
+                planes[0] if len(planes) == 1 else f"({planes[0]} * {RATIO} + {planes[1]})"
+            )
+        return found[0], found[1]
 
 
 @final
@@ -167,23 +178,41 @@ class PortableGroups(AbstractGroupedKernels):
             "bias": pack_columns(bias),
         }
 
+    def pack_fine(self, w: Nested) -> Packed:
+        """The second plane of nested weights, laid out as the first."""
+        return {"weight": pack_rows(w.fine)}
+
     def dense(self, m: int, n: int, k: int, epilogue: str = "", *, raw: bool = False) -> Kernel:
         """See `AbstractGroupedKernels.dense`."""
+        return self._dense(("weight",), (m, n, k), "" if raw else epilogue, raw)
+
+    def nested(self, m: int, n: int, k: int, epilogue: str = "", *, raw: bool = False) -> Kernel:
+        """See `AbstractGroupedKernels.nested`."""
+        return self._dense(("weight", "fine"), (m, n, k), "" if raw else epilogue, raw)
+
+    def _dense(
+        self, planes: tuple[str, ...], size: tuple[int, int, int], epilogue: str, raw: bool
+    ) -> Kernel:
+        m, n, k = size
         check_sizes("portable", m=m, n=n, k=k)
-        steps = epilogue_steps("" if raw else epilogue)
+        steps = epilogue_steps(epilogue)
         depth = ceil_div(k, GROUP)
+        nested = len(planes) > 1
         e = Emitter()
-        inputs = emit_inputs(e, ROWS, "codes", "scales", (m, k))
-        finish = GroupFinish("y", n, "bias", steps, raw)
-        Product(inputs, "weight", "scale", (m, n, k), finish).emit(e)
-        sizes = (f"m{m}", f"n{n}", f"k{k}")
-        name = kernel_name("linear4_portable_dense", *sizes, "raw" if raw else epilogue)
+        excess = COARSE_EXCESS * (RATIO + 1) if nested else COARSE_EXCESS
+        inputs = emit_inputs(e, ROWS, "codes", "scales", (m, k), excess)
+        finish = GroupFinish("y", n, "bias", steps, raw, RATIO if nested else 1)
+        Product(inputs, planes, "scale", size, finish).emit(e)
+        what = "linear4_portable_nested" if nested else "linear4_portable_dense"
+        name = kernel_name(what, f"m{m}", f"n{n}", f"k{k}", "raw" if raw else epilogue)
         params = [
             buffer("codes", ROWS.shape(m, k), "int8"),
             buffer("scales", (m,), "float32"),
             *_weights("weight", "scale", n, k),
             buffer("bias", (ceil_div(n, PANEL) * PANEL,), "float32"),
         ]
+        if nested:
+            params.append(_plane("fine", n, k))
         if "add" in steps:
             params.append(buffer("residual", (m, n), "float32"))
         out = ((depth * m, n), "int32") if raw else ((m, n), "float32")
@@ -213,11 +242,11 @@ class PortableGroups(AbstractGroupedKernels):
         scales = e.alloc("scales", (m,), "float32")
         inputs = emit_inputs(e, ROWS, "codes", "scales", (m, k))
         thin = GroupFinish(middle, rank, None)
-        Product(inputs, "low", "low_scale", (m, rank, k), thin).emit(e)
+        Product(inputs, ("low",), "low_scale", (m, rank, k), thin).emit(e)
         emit_quantize(e, ROWS, middle, codes, scales, (m, rank))
         between = emit_inputs(e, ROWS, codes, scales, (m, rank))
         wide = GroupFinish("y", n, "bias", steps)
-        Product(between, "high", "high_scale", (m, n, rank), wide).emit(e)
+        Product(between, ("high",), "high_scale", (m, n, rank), wide).emit(e)
         sizes = (f"m{m}", f"n{n}", f"k{k}", f"r{rank}of{rank_max}")
         name = kernel_name("linear4_portable_low_rank", *sizes, epilogue)
         params = [
@@ -234,8 +263,9 @@ class PortableGroups(AbstractGroupedKernels):
 
 
 def _weights(name: str, scale: str, n: int, k: int) -> list[str]:
-    depth = ceil_div(k, GROUP)
-    return [
-        buffer(name, (ceil_div(n, PANEL) * PANEL, depth, HALF), "uint8"),
-        buffer(scale, (scale_panels(n), depth, PANEL), "uint16"),
-    ]
+    scales = buffer(scale, (scale_panels(n), ceil_div(k, GROUP), PANEL), "uint16")
+    return [_plane(name, n, k), scales]
+
+
+def _plane(name: str, n: int, k: int) -> str:
+    return buffer(name, (ceil_div(n, PANEL) * PANEL, ceil_div(k, GROUP), HALF), "uint8")

@@ -1,9 +1,12 @@
 """4-bit weights on the Arm dot product: nibbles are small signed bytes to SDOT."""
 
+from collections.abc import Sequence
 from typing import ClassVar, final
 
-from t3c.codegen.kernels.gemv_groups import ROWS, AbstractGroupFamily, GroupDot
+from t3c.codegen.kernels.emit import Emitter
+from t3c.codegen.kernels.gemv_groups import COARSE_EXCESS, ROWS, AbstractGroupFamily, GroupDot
 from t3c.codegen.kernels.linear_tiles import CodeLayout
+from t3c.core.codes import RATIO
 
 
 @final
@@ -15,6 +18,7 @@ class SdotGroupDot(GroupDot):
     height: ClassVar[int] = 4  # x 4 accumulators, 8 weights, 2 activations and a mask: 27 of 32
     most: ClassVar[int] = 16
     macs_us: ClassVar[float] = 3e4  # not measured
+    excess: ClassVar[int] = COARSE_EXCESS
 
     def add(self, acc: str, low: tuple[str, str], high: tuple[str, str]) -> str:
         """One instruction for each nibble."""
@@ -22,6 +26,14 @@ class SdotGroupDot(GroupDot):
         for weights, codes in (low, high):
             acc = f"T.call_llvm_pure_intrin({name}, {acc}, {weights}, {codes})"
         return acc
+
+    def operands(self, e: Emitter, lines: Sequence[str]) -> tuple[str, ...]:
+        """Bytes of both planes less the coarse excess: signed, as SDOT takes them."""
+        found = super().operands(e, lines)
+        if len(lines) == 1:
+            return found
+        less = f"T.broadcast(T.int8({COARSE_EXCESS * RATIO}), {4 * self.part})"
+        return tuple(e.let("byte", f"{x} - {less}") for x in found)
 
 
 @final

@@ -32,10 +32,7 @@ def effective(layer: ElasticLayer, fmt: Format | None) -> Tensor:
     def part(name: str) -> Tensor:
         if name in FLOAT_FACTORS or fmt is None or fmt.bits == 32:
             return layer.weight if name == "weight" else layer.factor(name)
-        q, scale = layer.codes_of(name, fmt.bits)
-        if fmt.bits == 4:
-            return fake_quant.spread((q, scale))
-        return q.float() * scale.reshape(-1, *[1] * (q.dim() - 1))
+        return fake_quant.spread(layer.codes_of(name, fmt.bits))
 
     match fmt:
         case None | Dense():

@@ -14,9 +14,9 @@ from t3c.controller.compensate import Pair, walk
 from t3c.controller.gradients import Seen, look
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import rows_of, site_calls
-from t3c.core.codes import Grouped, Matrix
+from t3c.core.codes import Grouped, Matrix, Nested
 from t3c.core.errors import T3CError
-from t3c.core.formats import CP, Format, LowRank, Tucker2
+from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.registry import resolve
 from t3c.core.sites import ConvSite, LinearSite, Site
 from t3c.elastic.conv import ElasticConv
@@ -26,7 +26,7 @@ from t3c.elastic.factorize.saes_svd import SAES_SVD, SaesSvd
 from t3c.elastic.factorize.svd import SVD
 from t3c.elastic.layer import ElasticLayer
 from t3c.elastic.model import ElasticModel
-from t3c.elastic.rounding import round_groups, round_rows
+from t3c.elastic.rounding import round_groups, round_nested, round_rows
 
 Batch = tuple[Tensor, ...]
 SIDE_MAX = 4096
@@ -227,6 +227,8 @@ def round_weights(
 ) -> None:
     """Choose codes with error feedback for everything that linear layers may run on.
 
+    Dense weights that may have 8 or 4 bits get nested codes, which are stored once.
+
     Args:
         elastic: The model, with its factors.
         moments: Site name -> moment; other sites keep plain rounding.
@@ -235,10 +237,13 @@ def round_weights(
     """
     names = [n for n in menu if n in moments and isinstance(elastic.sites[n], LinearSite)]
 
-    def codes(name: str) -> list[tuple[str, Matrix | Grouped]]:
+    def codes(name: str) -> list[tuple[str, Matrix | Grouped | Nested]]:
         layer, moment = elastic.layers[name], moments[name].mean()
         wanted = {("low" if isinstance(f, LowRank) else "weight", f.bits) for f in menu[name]}
-        made: list[tuple[str, Matrix | Grouped]] = []
+        made: list[tuple[str, Matrix | Grouped | Nested]] = []
+        if {Dense(8), Dense(4)} <= set(menu[name]):
+            made.append(("weight", round_nested(layer.weight, moment)))
+            wanted -= {("weight", 8), ("weight", 4)}
         for factor, bits in sorted(wanted):
             value = layer.weight if factor == "weight" else layer.factor(factor)
             if bits in (4, 8):
@@ -249,7 +254,10 @@ def round_weights(
         for done, (name, made) in enumerate(zip(names, pool.map(codes, names), strict=True)):
             progress("rounding weights", done, len(names))
             for factor, value in made:
-                elastic.layers[name].set_codes(factor, value)
+                if isinstance(value, Nested):
+                    elastic.layers[name].set_nested(value)
+                else:
+                    elastic.layers[name].set_codes(factor, value)
     progress("rounding weights", len(names), len(names))
 
 

@@ -8,6 +8,7 @@ The codes of the first components equal those of an export at that rank: a profi
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,10 @@ I8 = NDArray[np.int8]
 F32 = NDArray[np.float32]
 GROUP = 64
 """Input columns that share the scale of a 4-bit code."""
+RATIO = 8
+"""Steps of the fine codes of a nested matrix in one of the coarse codes; a power of two, so that
+both scales are bfloat16 numbers. With 16 the planes would not overlap, and a coarse code could be
+nothing but the rounded weight: no room for error feedback (docs/decisions.md)."""
 SHRINKS = (1.0, 0.9)
 """Scales tried for each group of 4-bit codes, as shares of the one that clips nothing: on normal,
 Laplace and t-distributed weights more choices gained less than 2 % of the error."""
@@ -88,18 +93,62 @@ class Grouped:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Nested:
+    """One matrix in two widths: coarse codes are its 4-bit weights, with the fine ones its 8-bit.
+
+    w[i, j] ~ q * S in 4 bits and (RATIO * q + fine) * S / RATIO in 8, S the scale of a group.
+
+    Attributes:
+        coarse: Codes q in [-8, 7] and scales S.
+        fine: [rows, cols] int8 in [-8, 7].
+    """
+
+    coarse: Grouped
+    fine: I8
+
+    def __post_init__(self) -> None:
+        """Refuse other dtypes, shapes that differ and codes out of range."""
+        if self.fine.dtype != np.int8 or self.fine.shape != self.coarse.q.shape:
+            raise ValueError(
+                f"fine codes are {self.fine.dtype} {self.fine.shape}, need int8 "
+                f"{self.coarse.q.shape}"
+            )
+        for q in (self.coarse.q, self.fine):
+            if q.size and (q.min() < -8 or q.max() > 7):
+                raise ValueError(f"codes reach from {q.min()} to {q.max()}; allowed are -8 to 7")
+
+    @property
+    def whole(self) -> Grouped:
+        """The 8-bit weights: codes from -8 * RATIO - 8 to 7 * RATIO + 7, scales S / RATIO."""
+        q = (RATIO * self.coarse.q + self.fine).astype(np.int8)
+        return Grouped(q, self.coarse.scale / np.float32(RATIO))
+
+    @classmethod
+    def of(cls, whole: Grouped, coarse: Grouped) -> Self:
+        """The planes of 8-bit weights whose coarse codes are known.
+
+        Raises:
+            ValueError: They are not nested.
+        """
+        if not np.array_equal(whole.scale * np.float32(RATIO), coarse.scale):
+            raise ValueError("scales of nested codes must differ by RATIO")
+        fine = whole.q.astype(np.int16) - RATIO * coarse.q.astype(np.int16)
+        return cls(coarse, np.clip(fine, -128, 127).astype(np.int8))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SiteCodes:
     """Everything the kernels need of one site. Factors are None where no profile uses them.
 
     Attributes:
         bias: [out] float32, zeros where the layer has none.
-        dense: Linear [n, k] or convolution [out, in, kh, kw].
+        dense: Linear [n, k], nested or not, or convolution [out, in, kh, kw].
         low: [rank_max, k] input-side factor V (reduce), for LowRank.
         high: [n, rank_max] output-side factor U (expand), for LowRank.
         reduce: [rank_in_max, in] of Tucker-2.
         core: [rank_out_max, rank_in_max, kh, kw] of Tucker-2.
         expand: [out, rank_out_max] of Tucker-2.
-        dense4: As `dense`, in 4 bits; linear sites only.
+        dense4: As `dense`, in 4 bits; linear sites only. Of a nested one its coarse codes.
         low4: As `low`, in 4 bits.
         high4: As `high`, in 4 bits.
         cp_in: [rank_max, in] of CP.
@@ -110,7 +159,7 @@ class SiteCodes:
     """
 
     bias: F32
-    dense: Matrix | None = None
+    dense: Matrix | Nested | None = None
     low: Matrix | None = None
     high: Matrix | None = None
     reduce: Matrix | None = None

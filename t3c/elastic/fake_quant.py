@@ -61,8 +61,10 @@ def quantize_groups(w: Tensor) -> Codes:
 
 
 def spread(w: Codes) -> Tensor:
-    """The float32 weights of 4-bit codes."""
+    """The float32 weights of codes, with scales for rows or for groups."""
     q, scale = w
+    if scale.dim() == 1:
+        return q.float() * scale.reshape(-1, *[1] * (q.dim() - 1))
     return q.float() * scale.repeat_interleave(GROUP, 1)[:, : q.shape[1]]
 
 
@@ -157,8 +159,8 @@ def _canonical(a: Tensor) -> Tensor:
 def linear(x: Tensor, w: Codes, bias: Tensor | None = None) -> Tensor:
     """X [..., k] through one product, one activation scale per row: [..., n].
 
-    With 4-bit codes every product of a code by a code and its scale is a float32 number (8 + 4 + 8
-    bits), and so is every group's sum: only additions of groups round, as in the kernels.
+    In groups every product of a code by a code and its scale is a float32 number (7 + 7 + 8 bits,
+    nested codes are below 73), and so is nearly every sum: as good as the kernels' additions.
     """
     codes, w_scale = w
     rows = x.reshape(-1, x.shape[-1])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t3c.core.codes import Correction, Grouped, Matrix, SiteCodes
+from t3c.core.codes import Correction, Grouped, Matrix, Nested, SiteCodes
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.grid import Grid
@@ -219,6 +219,17 @@ class ElasticLayer(nn.Module, ABC):
                 f"{tuple(value.shape)}"
             )
         self._rounded[name, 4 if isinstance(codes, Grouped) else 8] = codes
+        if name == "weight" and isinstance(self._rounded.get(("weight", 8)), Grouped):
+            del self._rounded["weight", 8]  # nested in the 4-bit codes that were there before
+
+    def set_nested(self, codes: Nested) -> None:
+        """Use these codes for ``weight`` in 8 and in 4 bits: one array serves both.
+
+        Raises:
+            ValueError: The shape does not fit.
+        """
+        self.set_codes("weight", codes.coarse)
+        self._rounded["weight", 8] = codes.whole
 
     def codes_of(self, name: str, bits: int = 8) -> fake_quant.Codes:
         """Codes and scales of a factor or of ``weight``, at the largest rank.
@@ -254,7 +265,7 @@ class ElasticLayer(nn.Module, ABC):
             self.check(fmt)
         found: dict[str, Any] = {}
         if any(isinstance(f, Dense) and f.bits != 4 for f in used):
-            found["dense"] = self._matrix("weight", None, None)
+            found["dense"] = self._dense()
         if Dense(4) in used:
             found["dense4"] = self._groups("weight", None, None)
         if thin := [f.rank for f in used if isinstance(f, LowRank) and f.bits == 4]:
@@ -278,6 +289,13 @@ class ElasticLayer(nn.Module, ABC):
         if self.bias is not None:
             bias = self.bias.detach().cpu().numpy().astype(np.float32).copy()
         return SiteCodes(bias=bias, grids=dict(self.grids), **found)
+
+    def _dense(self) -> Matrix | Nested:
+        whole = self._rounded.get(("weight", 8))
+        coarse = self._rounded.get(("weight", 4))
+        if isinstance(whole, Grouped) and isinstance(coarse, Grouped):
+            return Nested.of(whole, coarse)
+        return self._matrix("weight", None, None)
 
     def _matrix(self, name: str, rows: int | None, cols: int | None) -> Matrix:
         q, scale = self.codes_of(name)

@@ -14,6 +14,7 @@ from t3c.codegen.exactness import check_accumulators
 from t3c.core.errors import LoweringError
 from t3c.core.formats import Dense, Format, LowRank
 from t3c.core.manifest import TensorSpec
+from t3c.elastic.rounding import round_nested
 from t3c.passes.pipeline import lowering_graph
 from t3c.runtime import tvm_vm
 from t3c.runtime.entry import NativeEntry, Scratch
@@ -43,10 +44,13 @@ def host() -> TargetSpec:
     return targets.get("x86-vnni") if spec.name == "x86-amx" else spec
 
 
-@pytest.mark.parametrize("rows", [1, 20])
-def test_four_bit_profiles_equal_their_reference(rows: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "nested"), [(1, False), (1, True), (20, True)])
+def test_four_bit_profiles_equal_their_reference(rows: int, nested: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     elastic = elasticize(Net(), (torch.randn(rows, 200),))
+    if nested:
+        down = elastic.layers["down"]
+        down.set_nested(round_nested(down.weight, torch.eye(320)))
     used = {site: {p[site] for p in PROFILES.values()} for site in elastic.sites}
     codes = {site: elastic.codes(site, formats) for site, formats in used.items()}
     graph = lowering_graph(elastic.graph)
@@ -70,6 +74,9 @@ def test_four_bit_profiles_equal_their_reference(rows: int, tmp_path: Path) -> N
         assert all(check.wrong == 0 for check in checks)
     sizes = [built.profiles[name].storage_bytes for name in PROFILES]
     assert sizes[0] < sizes[1] < 0.6 * sizes[2]
+    both = {name for p in ("middle", "max") for name in built.profiles[p].weights if "down" in name}
+    shared = set(built.profiles["middle"].weights) & set(built.profiles["max"].weights)
+    assert (len(shared & both) == 3) is nested  # coarse codes, scales, bias; fine codes beside them
 
 
 def test_a_family_without_four_bits_says_so() -> None:

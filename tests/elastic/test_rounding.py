@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from t3c.core.codes import Grouped, Matrix, quantize_groups, quantize_weight
-from t3c.elastic.rounding import round_groups, round_rows
+from t3c.core.codes import RATIO, Grouped, Matrix, Nested, quantize_groups, quantize_weight
+from t3c.elastic.rounding import round_groups, round_nested, round_rows
 
 
 def layer(rows: int, cols: int) -> tuple[Tensor, Tensor]:
@@ -40,6 +40,33 @@ def test_inputs_that_do_not_correlate_give_plain_rounding() -> None:
     np.testing.assert_array_equal(fed.scale, plain.scale)
     groups = quantize_groups(weight.numpy())
     np.testing.assert_array_equal(round_groups(weight, moment).scale, groups.scale)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(16, 63), (8, 64), (24, 65), (32, 200)])
+def test_one_array_serves_both_widths_nearly_as_well_as_two(rows: int, cols: int) -> None:
+    weight, moment = layer(rows, cols)
+    nested = round_nested(weight, moment)
+    four = loss(weight, round_groups(weight, moment), moment)
+    assert loss(weight, nested.coarse, moment) < 1.25 * four  # squares
+    eight = loss(weight, quantize_weight(weight.numpy()), moment)
+    assert loss(weight, nested.whole, moment) < 2.5 * eight  # 4 would be a bit less
+    np.testing.assert_array_equal(nested.coarse.scale, RATIO * nested.whole.scale)
+    again = Nested.of(nested.whole, nested.coarse)
+    np.testing.assert_array_equal(again.fine, nested.fine)
+    first = round_nested(weight[:5], moment)
+    np.testing.assert_array_equal(first.fine, nested.fine[:5])
+
+
+def test_codes_that_do_not_nest_are_refused() -> None:
+    weight, moment = layer(8, 70)
+    nested = round_nested(weight, moment)
+    other = round_groups(-weight, moment)
+    with pytest.raises(ValueError, match=r"differ by RATIO|codes reach from"):
+        Nested.of(nested.whole, other)
+    with pytest.raises(ValueError, match="allowed are -8 to 7"):
+        Nested(nested.coarse, np.full_like(nested.fine, 9))
+    with pytest.raises(ValueError, match="fine codes are"):
+        Nested(nested.coarse, nested.fine[:3])
 
 
 def test_every_row_is_rounded_by_itself() -> None:

@@ -144,7 +144,7 @@ def _stages(layer: ElasticLayer) -> tuple[list[tuple[Tensor, str, Rounding]], Te
         if not integer:
             return value.detach().double()[:rows, :cols]
         q, scale = layer.codes_of(name, bits)
-        if bits == 4:
+        if scale.dim() == 2:
             return fake_quant.spread((q, scale)).double()[:rows, :cols]
         spread = scale.double().reshape(-1, *[1] * (q.dim() - 1))
         return (q.double() * spread)[:rows, :cols]

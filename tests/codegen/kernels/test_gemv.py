@@ -13,7 +13,7 @@ from t3c.codegen.kernels.linear_portable import PortableLinear
 from t3c.codegen.kernels.linear_sdot import SdotLinear
 from t3c.codegen.kernels.linear_vnni import VnniLinear
 from t3c.core import ops
-from t3c.core.codes import F32, Grouped, quantize_groups, quantize_weight
+from t3c.core.codes import F32, Grouped, Nested, quantize_groups, quantize_weight
 from t3c.core.errors import LoweringError
 from tests.codegen.kernels.test_linear import ARM, Bench, bench, machine_code, random_rows, tiles
 
@@ -44,6 +44,58 @@ def four(family: AbstractLinearKernels) -> AbstractGroupedKernels:
 
 def random_groups(rng: np.random.Generator, rows: int, cols: int) -> Grouped:
     return quantize_groups(rng.standard_normal((rows, cols)).astype(np.float32))
+
+
+def random_planes(rng: np.random.Generator, rows: int, cols: int) -> Nested:
+    fine = rng.integers(-8, 8, (rows, cols)).astype(np.int8)
+    return Nested(random_groups(rng, rows, cols), fine)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+def test_accumulators_of_both_planes_are_exact(bench: Bench, m: int, n: int, k: int) -> None:
+    rng = np.random.default_rng(m * n + k)
+    x, w = random_rows(rng, m, k), random_planes(rng, n, k)
+    quantized = bench.run(bench.family.quantize(m, k), x)
+    grouped = four(bench.family)
+    packed = [
+        *grouped.pack_dense(w.coarse, np.zeros(n, np.float32)).values(),
+        *grouped.pack_fine(w).values(),
+    ]
+    (y,) = bench.run(grouped.nested(m, n, k, raw=True), *quantized, *packed)
+    np.testing.assert_array_equal(y.reshape(-1, m, n), ops.group_accumulators(x, w.whole))
+
+
+@pytest.mark.parametrize(("coarse", "fine"), [(-8, -8), (7, 7), (-8, 7)])
+def test_extreme_planes_do_not_saturate(bench: Bench, coarse: int, fine: int) -> None:
+    m, n, k = 2, 18, 130
+    x = np.where(np.arange(m * k).reshape(m, k) % 3 == 0, -1, 1).astype(np.float32)
+    q = np.full((n, k), coarse, np.int8)
+    q[::2] = 7 - q[::2] - 8
+    w = Nested(Grouped(q, np.ones((n, 3), np.float32)), np.full((n, k), fine, np.int8))
+    quantized = bench.run(bench.family.quantize(m, k), x)
+    grouped = four(bench.family)
+    packed = [
+        *grouped.pack_dense(w.coarse, np.zeros(n, np.float32)).values(),
+        *grouped.pack_fine(w).values(),
+    ]
+    (y,) = bench.run(grouped.nested(m, n, k, raw=True), *quantized, *packed)
+    np.testing.assert_array_equal(y.reshape(-1, m, n), ops.group_accumulators(x, w.whole))
+
+
+@pytest.mark.parametrize(("m", "epilogue"), [(1, ""), (4, "add,relu"), (13, "silu")])
+def test_nested_floats_agree_with_epilogues(bench: Bench, m: int, epilogue: str) -> None:
+    n, k = 43, 150
+    rng = np.random.default_rng(m)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    w, bias = random_planes(rng, n, k), rng.standard_normal(n).astype(np.float32)
+    residual = rng.standard_normal((m, n)).astype(np.float32)
+    quantized = bench.run(bench.family.quantize(m, k), x)
+    grouped = four(bench.family)
+    packed = [*grouped.pack_dense(w.coarse, bias).values(), *grouped.pack_fine(w).values()]
+    extra = (residual,) if "add" in epilogue.split(",") else ()
+    (y,) = bench.run(grouped.nested(m, n, k, epilogue), *quantized, *packed, *extra)
+    expected = ops.activate(ops.linear(x, w.whole, bias), epilogue, residual)
+    np.testing.assert_allclose(y, expected, rtol=4e-6, atol=4e-5)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
@@ -141,6 +193,8 @@ def test_kernels_are_named_apart_and_arrays_aligned(family: AbstractLinearKernel
         grouped.dense(2, 13, 70),
         grouped.dense(2, 13, 70, "gelu"),
         grouped.dense(2, 13, 70, raw=True),
+        grouped.nested(2, 13, 70),
+        grouped.nested(2, 13, 70, raw=True),
         grouped.low_rank(2, 13, 70, 32, 64),
         grouped.low_rank(2, 13, 70, 64, 96, "relu"),
         family.dense(2, 13, 70),
