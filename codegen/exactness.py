@@ -82,7 +82,7 @@ def _cases(
     if isinstance(site, LinearSite):
         four = fmt.bits == 4
         low, high = (codes.low4, codes.high4) if four else (codes.low, codes.high)
-        dense = codes.dense4 if four else codes.dense
+        dense = codes.dense4 if four else codes.dense if codes.nested is None else codes.nested
         parts: list[Matrix | Grouped | Nested]
         if isinstance(fmt, LowRank) and low is not None and high is not None:
             parts = [low.prefix(rows=fmt.rank), high.prefix(cols=fmt.rank)]

@@ -26,7 +26,6 @@ from t3c.codegen.kernels.norm import NormOptions, layer_norm, rms_norm
 from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import relax, substitute
 from t3c.codegen.weights import DepthwiseStep, WeightStore, conv_steps, rank_max
-from t3c.core.codes import Nested
 from t3c.core.formats import Format, LowRank
 from t3c.core.sites import ConvSite, LinearSite, Site
 
@@ -277,7 +276,7 @@ class Body:
         if isinstance(fmt, LowRank):
             most = rank_max(site, owned, fmt)
             kernel = product.low_rank(m, site.n, site.k, fmt.rank, most, what.epilogue)
-        elif fmt.bits != 4 and isinstance(owned.dense, Nested):
+        elif fmt.bits != 4 and owned.nested is not None:
             four = self.owner.store.families.grouped()
             kernel = four.nested(m, site.n, site.k, what.epilogue)
         else:

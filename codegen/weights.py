@@ -15,7 +15,7 @@ from t3c.codegen.kernels.family import (
     ConvShape,
     Packed,
 )
-from t3c.core.codes import F32, Correction, Matrix, Nested, SiteCodes
+from t3c.core.codes import F32, Correction, Matrix, SiteCodes
 from t3c.core.errors import LoweringError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.sites import ConvSite, LinearSite, Site
@@ -130,7 +130,6 @@ def conv_steps(site: ConvSite, codes: SiteCodes, fmt: Format) -> tuple[Step, ...
     match fmt:
         case Dense():
             dense = _need(codes.dense, site, fmt)
-            assert isinstance(dense, Matrix)  # only linear layers nest
             full = (site.out_channels, site.in_channels)
             return (ConvStep("dense", whole, full, dense, codes.bias, True),)
         case LowRank():
@@ -327,16 +326,15 @@ class WeightStore:
                 if exact:
                     thin, wide = thin.prefix(rows=fmt.rank), wide.prefix(cols=fmt.rank)
                 return [("factors4", lambda: four.pack_low_rank(thin, wide, codes.bias))]
+            case Dense() if codes.nested is not None:
+                four, nested = self.families.grouped(), codes.nested
+                return [
+                    ("dense4", lambda: four.pack_dense(nested.coarse, codes.bias)),
+                    ("fine", lambda: four.pack_fine(nested)),
+                ]
             case Dense():
                 dense = _need(codes.dense, site, fmt)
-                if isinstance(dense, Nested):
-                    four, nested = self.families.grouped(), dense
-                    return [
-                        ("dense4", lambda: four.pack_dense(nested.coarse, codes.bias)),
-                        ("fine", lambda: four.pack_fine(nested)),
-                    ]
-                matrix = dense
-                return [("dense", lambda: linear.pack_dense(matrix, codes.bias))]
+                return [("dense", lambda: linear.pack_dense(dense, codes.bias))]
             case LowRank():
                 low, high = _need(codes.low, site, fmt), _need(codes.high, site, fmt)
                 if exact:

@@ -142,13 +142,14 @@ class SiteCodes:
 
     Attributes:
         bias: [out] float32, zeros where the layer has none.
-        dense: Linear [n, k], nested or not, or convolution [out, in, kh, kw].
+        dense: Linear [n, k] or convolution [out, in, kh, kw].
         low: [rank_max, k] input-side factor V (reduce), for LowRank.
         high: [n, rank_max] output-side factor U (expand), for LowRank.
         reduce: [rank_in_max, in] of Tucker-2.
         core: [rank_out_max, rank_in_max, kh, kw] of Tucker-2.
         expand: [out, rank_out_max] of Tucker-2.
-        dense4: As `dense`, in 4 bits; linear sites only. Of a nested one its coarse codes.
+        dense4: As `dense`, in 4 bits; linear sites only.
+        nested: In place of `dense`, where `dense4` is its coarse codes.
         low4: As `low`, in 4 bits.
         high4: As `high`, in 4 bits.
         cp_in: [rank_max, in] of CP.
@@ -159,13 +160,14 @@ class SiteCodes:
     """
 
     bias: F32
-    dense: Matrix | Nested | None = None
+    dense: Matrix | None = None
     low: Matrix | None = None
     high: Matrix | None = None
     reduce: Matrix | None = None
     core: Matrix | None = None
     expand: Matrix | None = None
     dense4: Grouped | None = None
+    nested: Nested | None = None
     low4: Grouped | None = None
     high4: Grouped | None = None
     cp_in: Matrix | None = None

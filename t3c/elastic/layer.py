@@ -265,7 +265,7 @@ class ElasticLayer(nn.Module, ABC):
             self.check(fmt)
         found: dict[str, Any] = {}
         if any(isinstance(f, Dense) and f.bits != 4 for f in used):
-            found["dense"] = self._dense()
+            found |= self._dense()
         if Dense(4) in used:
             found["dense4"] = self._groups("weight", None, None)
         if thin := [f.rank for f in used if isinstance(f, LowRank) and f.bits == 4]:
@@ -290,12 +290,12 @@ class ElasticLayer(nn.Module, ABC):
             bias = self.bias.detach().cpu().numpy().astype(np.float32).copy()
         return SiteCodes(bias=bias, grids=dict(self.grids), **found)
 
-    def _dense(self) -> Matrix | Nested:
+    def _dense(self) -> dict[str, Matrix | Nested]:
         whole = self._rounded.get(("weight", 8))
         coarse = self._rounded.get(("weight", 4))
         if isinstance(whole, Grouped) and isinstance(coarse, Grouped):
-            return Nested.of(whole, coarse)
-        return self._matrix("weight", None, None)
+            return {"nested": Nested.of(whole, coarse)}
+        return {"dense": self._matrix("weight", None, None)}
 
     def _matrix(self, name: str, rows: int | None, cols: int | None) -> Matrix:
         q, scale = self.codes_of(name)
