@@ -149,6 +149,7 @@ def lower(
     activations: str = "auto",
     objective: str | Objective = Objective.LATENCY,
     plan_seconds: float | None = None,
+    table: str | os.PathLike[str] | None = None,
     planner: Callable[..., Plan] = plan,
     checks: str | os.PathLike[str] | None = None,
     calls: int = 100,
@@ -180,6 +181,9 @@ def lower(
         objective: What the profiles are chosen to save: ``latency``, ``macs``, ``bytes`` (linear
             layers take 4 bits) or ``energy`` (estimated). All profiles state all costs.
         plan_seconds: Time for calibration and damage table; None: the planner's default.
+        table: File of the measured damage table. What a run that was interrupted had measured is not
+            measured again, and a finished table is only read; without `plan_seconds` every entry
+            is measured, however long it takes. None: nothing is written.
         planner: Chooses the chain; another one takes the arguments of `t3c.controller.plan.plan`.
         checks: Where to keep the artifact whose library has probes and traces, for measurements of
             single kernels (``traces.json`` names them); None: nowhere.
@@ -203,6 +207,7 @@ def lower(
         TargetError: Unknown target (the known ones are listed), tools are missing, kernels shall
             be tuned for another machine, or the target cannot serve the objective.
         LoweringError: The graph does not fit the target.
+        T3CError: `table` is damaged, or of another model, data or menu.
         ValueError: `activations` is none of the three, or `objective` none of the four.
         ParityError: A profile does not compute what its torch reference computes.
     """
@@ -254,6 +259,7 @@ def lower(
         static=static,
         objective=objective,
         progress=progress,
+        **({} if table is None else {"table": Path(table)}),
     )
     notes.add(*chosen.notes)
     if domain is not None and any(elastic.corrections(p.formats) for p in chosen.chain):

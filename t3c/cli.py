@@ -173,6 +173,12 @@ def lower(
         Literal["latency", "macs", "bytes", "energy"],
         typer.Option(help="What profiles are chosen to save; energy is estimated."),
     ] = "latency",
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the measured damage table: a killed run goes on, a finished one is read."
+        ),
+    ] = None,
     tune_minutes: Annotated[
         float,
         typer.Option(
@@ -208,6 +214,7 @@ def lower(
                 exclude=exclude or (),
                 activations=activations,
                 objective=objective,
+                table=table,
                 tune_minutes=tune_minutes,
                 tune_folder=tune_folder,
                 progress=progress,

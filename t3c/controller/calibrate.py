@@ -148,7 +148,7 @@ def factorize(
 
     # A site per thread: eigenproblems this small gain nothing from more, and wait for each other
     # where other processes keep a core busy.
-    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+    with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
         for done, (name, made) in enumerate(zip(names, pool.map(factors, names), strict=True)):
             progress("factorizing", done, len(names))
             elastic.set_factors(name, made)
@@ -250,7 +250,7 @@ def round_weights(
                 made.append((factor, (round_groups if bits == 4 else round_rows)(value, moment)))
         return made
 
-    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+    with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
         for done, (name, made) in enumerate(zip(names, pool.map(codes, names), strict=True)):
             progress("rounding weights", done, len(names))
             for factor, value in made:
@@ -262,7 +262,7 @@ def round_weights(
 
 
 @contextmanager
-def _one_thread_each() -> Generator[int]:
+def one_thread_each() -> Generator[int]:
     """Let every torch operator run on one thread; gives the threads that there were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

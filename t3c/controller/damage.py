@@ -7,13 +7,19 @@ Damages of several sites add up well (their sum predicts whole plans to about 5 
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, fx
 
+from t3c.controller.calibrate import one_thread_each
 from t3c.controller.gradients import look
+from t3c.controller.ledger import Ledger, Origin, Reading, Samples
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import Suffix
 from t3c.core.errors import T3CError
@@ -24,6 +30,8 @@ from t3c.elastic.model import ElasticModel
 Batch = tuple[Tensor, ...]
 PROBES = 4
 """Random projections of the outputs behind the estimates."""
+Job = tuple[str, Format]
+"""One entry: site and format."""
 Menu = Mapping[str, Sequence[Format]]
 """Site name -> formats on its menu, dense first, then falling."""
 
@@ -66,33 +74,100 @@ class DamageTable:
         return sum(e.label is label for row in self.entries.values() for e in row.values())
 
 
-@dataclass(slots=True)
-class _Sums:
-    """What was measured of one entry so far."""
-
-    drift: float = 0.0
-    energy: float = 0.0
-    batches: int = 0
-
-
-@dataclass(slots=True)
 class _Bench:
-    """Measures entries until a deadline."""
+    """Measures entries until a deadline, one in each thread at a time.
 
-    suffix: Suffix
-    deadline: float
-    sums: dict[tuple[str, Format], _Sums] = field(default_factory=dict)
+    Every torch operator runs on one thread, so that no value depends on how many threads there are.
+    """
+
+    def __init__(self, elastic: ElasticModel, workers: int, deadline: float) -> None:
+        self.suffix = Suffix(elastic)
+        self.deadline = deadline
+        self.samples: Samples = {}
+        self.ledger: Ledger | None = None
+        self.progress: Progress = silent
+        self._twins = [self.suffix, *(self.suffix.twin() for _ in range(workers - 1))]
+        self._idle: SimpleQueue[Suffix] = SimpleQueue()
+        for twin in self._twins:
+            self._idle.put(twin)
 
     def over(self) -> bool:
         return time.monotonic() >= self.deadline
 
-    def measure(self, site: str, fmt: Format) -> None:
-        with self.suffix.elastic.using({site: fmt}):
-            drift = self.suffix.drift(site)
-        seen = self.sums.setdefault((site, fmt), _Sums())
-        seen.drift += drift
-        seen.energy += self.suffix.energy()
-        seen.batches += 1
+    def load(self, batch: Batch, number: int) -> None:
+        self.suffix.load(batch)
+        self._follow()
+        energy = self.suffix.energy()
+        if not math.isfinite(energy) or (number == 0 and energy == 0):
+            raise T3CError(
+                f"the model's outputs are all zero or not finite on calibration batch {number}; "
+                "drift relative to them means nothing"
+            )
+
+    def local(self, slopes: Mapping[fx.Node, Sequence[Tensor]], menu: Menu) -> dict[Job, float]:
+        """`Suffix.local` of every entry, on the loaded batch."""
+        self.suffix.weigh(slopes)
+        self._follow()
+        found: dict[Job, float] = {}
+        with ThreadPoolExecutor(len(self._twins)) as pool:
+            rows = pool.map(self._local, menu, menu.values())
+            for done, (site, row) in enumerate(zip(menu, rows, strict=True)):
+                self.progress("measuring layers", done, len(menu))
+                found |= {(site, fmt): x for fmt, x in zip(menu[site], row, strict=True)}
+        self.suffix.weigh({})
+        self._follow()
+        return found
+
+    def measure(self, number: int, jobs: Sequence[Job], done: int, total: int) -> None:
+        """Measure entries on the loaded batch, as many as the deadline allows."""
+        energy = self.suffix.energy()
+        waiting = iter(jobs)
+        with ThreadPoolExecutor(len(self._twins)) as pool:
+            running: dict[Future[float], Job] = {}
+            while True:
+                while len(running) <= len(self._twins) and not self.over():
+                    job = next(waiting, None)
+                    if job is None:
+                        break
+                    running[pool.submit(self._drift, *job)] = job
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._keep(running.pop(future), number, future.result(), energy)
+                    done += 1
+                    self.progress("measuring damage", done, total)
+
+    def _follow(self) -> None:
+        for twin in self._twins[1:]:
+            twin.follow(self.suffix)
+
+    @contextmanager
+    def _one(self) -> Generator[Suffix]:
+        """A twin that no other thread uses."""
+        suffix = self._idle.get()
+        try:
+            yield suffix
+        finally:
+            self._idle.put(suffix)
+
+    def _drift(self, site: str, fmt: Format) -> float:
+        with self._one() as suffix, suffix.elastic.using({site: fmt}):
+            return suffix.drift(site)
+
+    def _local(self, site: str, formats: Sequence[Format]) -> list[float]:
+        found: list[float] = []
+        with self._one() as suffix:
+            for fmt in formats:
+                with suffix.elastic.using({site: fmt}):
+                    found.append(suffix.local(site))
+        return found
+
+    def _keep(self, job: Job, number: int, drift: float, energy: float) -> None:
+        _check(*job, drift)
+        if self.ledger is None:
+            self.samples.setdefault(job, {})[number] = (drift, energy)
+        else:
+            self.ledger.add(*job, number, drift, energy)
 
 
 def measure(
@@ -102,57 +177,79 @@ def measure(
     *,
     seconds: float = math.inf,
     progress: Progress = silent,
+    workers: int | None = None,
+    table: Path | None = None,
 ) -> DamageTable:
     """Measure as many entries on as many batches as fit in `seconds`; estimate the rest.
 
     First one format of every site on the first batch; its time decides how many formats and
     batches follow: at least two formats on one batch before more batches, up to four batches
-    before every format.
+    before every format. With `table`, every format on one batch comes before the next batch, and
+    a later call goes on where this one ended, however it ended.
 
     Args:
         elastic: The calibrated model.
         batches: Flat inputs, as the graph takes them.
         menu: What may become of each site.
-        seconds: Time to spend; it is overrun by one entry, and by the local errors if too short.
+        seconds: Time to spend; it is overrun by an entry, and by the local errors if too short.
         progress: Told after each entry.
+        workers: Entries measured at the same time, each on one thread; None: torch's threads.
+        table: File of the table; see `t3c.controller.ledger`. None: nothing is written.
 
     Raises:
-        T3CError: No batches, or the original outputs are all zero.
+        T3CError: No batches, the original outputs are all zero, a damage is not finite, or `table`
+            is damaged or of something else.
+        ValueError: `workers` is below 1.
     """
     if not batches:
         raise T3CError("the damage table needs at least one batch of inputs; got none")
+    if workers is not None and workers < 1:
+        raise ValueError(f"{workers} workers; the damage table needs at least 1")
     start = time.monotonic()
-    bench = _Bench(Suffix(elastic), start + seconds)
-    bench.suffix.load(batches[0])
-    if not bench.suffix.energy() > 0:
-        raise T3CError(
-            "the model's outputs are all zero or not finite on the first calibration batch; "
-            "drift relative to them means nothing"
+    with one_thread_each() as threads, ExitStack() as stack:
+        ledger = None
+        if table is not None:
+            origin = Origin.of(elastic, batches, menu)
+            ledger = stack.enter_context(Ledger(table, origin, menu))
+            if ledger.done is not None:
+                return DamageTable(_entries(menu, {}, ledger.done), time.monotonic() - start)
+        bench = _Bench(elastic, threads if workers is None else workers, start + seconds)
+        bench.progress = progress
+        if ledger is not None:
+            bench.ledger, bench.samples = ledger, ledger.samples
+        local: dict[Job, float] = {}
+        bench.load(batches[0], 0)
+        if math.isfinite(seconds):
+            seen = look(elastic, batches[0], list(menu), range(PROBES))
+            local = bench.local({call.node: call.slopes for call in seen}, menu)
+        _fill(bench, batches, list(_levels(menu)))
+        found = {job: Reading.of(samples) for job, samples in bench.samples.items()}
+        whole = all(
+            job in found and found[job].batches == len(batches)
+            for job in ((site, fmt) for site, row in menu.items() for fmt in row)
         )
-    seen = look(elastic, batches[0], list(menu), range(PROBES))
-    bench.suffix.weigh({call.node: call.slopes for call in seen})
-    local = _local_errors(bench.suffix, menu, progress)
-    bench.suffix.weigh({})
-    levels = list(_levels(menu))
-    begin = time.monotonic()
-    for done, (site, fmt) in enumerate(levels[0] if levels else []):
-        if bench.over():
-            break
-        progress("measuring damage", done, len(levels[0]))
-        bench.measure(site, fmt)
-    depth, width = _extent(len(levels), len(batches), time.monotonic() - begin, bench.deadline)
+        if ledger is not None and whole:
+            ledger.finish()
+    progress("measuring damage", 1, 1)
+    return DamageTable(_entries(menu, local, found), time.monotonic() - start)
+
+
+def _fill(bench: _Bench, batches: Sequence[Batch], levels: Sequence[list[Job]]) -> None:
+    """Measure until everything is measured or the time is over; batch 0 is loaded."""
+    first = levels[0] if levels else []
+    depth, width, begin = len(levels), len(batches), time.monotonic()
+    if bench.ledger is None:
+        all_jobs = sum(map(len, levels)) * width
+        bench.measure(0, first, 0, all_jobs if bench.deadline == math.inf else len(first))
+        depth, width = _extent(depth, width, time.monotonic() - begin, bench.deadline)
     jobs = [job for level in levels[:depth] for job in level]
     for number, batch in enumerate(batches[:width]):
-        todo = jobs[len(levels[0]) :] if number == 0 else jobs
-        if number and not bench.over():
-            bench.suffix.load(batch)
-        for done, (site, fmt) in enumerate(todo):
-            if bench.over():
-                break
-            progress("measuring damage", number * len(jobs) + done, width * len(jobs))
-            bench.measure(site, fmt)
-    progress("measuring damage", 1, 1)
-    return DamageTable(_entries(menu, local, bench.sums), time.monotonic() - start)
+        todo = [job for job in jobs if number not in bench.samples.get(job, {})]
+        if bench.over():
+            break
+        if number and todo:
+            bench.load(batch, number)
+        bench.measure(number, todo, (number + 1) * len(jobs) - len(todo), width * len(jobs))
 
 
 def _extent(levels: int, batches: int, one: float, deadline: float) -> tuple[int, int]:
@@ -165,7 +262,7 @@ def _extent(levels: int, batches: int, one: float, deadline: float) -> tuple[int
     return depth, max(1, min(batches, int(passes / max(1, depth))))
 
 
-def _levels(menu: Menu) -> Iterator[list[tuple[str, Format]]]:
+def _levels(menu: Menu) -> Iterator[list[Job]]:
     """Entries in the order of their worth: a middle format of each site, its smallest, the others.
 
     Within a level, sites come in strides, so that a level cut short still covers the whole depth.
@@ -190,26 +287,15 @@ def _ranked(formats: Sequence[Format]) -> list[Format]:
     return [*first, *rest]
 
 
-def _local_errors(
-    suffix: Suffix, menu: Menu, progress: Progress
-) -> dict[tuple[str, Format], float]:
-    """`Suffix.local` of every entry, on the loaded batch."""
-    found: dict[tuple[str, Format], float] = {}
-    for done, (site, formats) in enumerate(menu.items()):
-        progress("measuring layers", done, len(menu))
-        for fmt in formats:
-            with suffix.elastic.using({site: fmt}):
-                found[site, fmt] = suffix.local(site)
-    return found
-
-
 def _entries(
-    menu: Menu, local: Mapping[tuple[str, Format], float], sums: Mapping[tuple[str, Format], _Sums]
+    menu: Menu, local: Mapping[Job, float], found: Mapping[Job, Reading]
 ) -> dict[str, dict[Format, Entry]]:
     """Measured entries, estimates for the others, and no damage that falls with rank."""
     known = {
-        site: [(local[site, f], _damage(sums[site, f])) for f in formats if (site, f) in sums]
-        for site, formats in menu.items()
+        site: [
+            (local.get((site, f), 0.0), found[site, f].damage) for f in row if (site, f) in found
+        ]
+        for site, row in menu.items()
     }
     names = list(menu)
     out: dict[str, dict[Format, Entry]] = {}
@@ -221,8 +307,9 @@ def _entries(
         row: dict[Format, Entry] = {}
         floor = 0.0
         for fmt in menu[site]:
-            seen = sums.get((site, fmt))
-            value = _scaled(local[site, fmt], points) if seen is None else _damage(seen)
+            seen = found.get((site, fmt))
+            value = _scaled(local[site, fmt], points) if seen is None else seen.damage
+            _check(site, fmt, value)
             floor = max(floor, value)
             label = Label.ESTIMATED if seen is None else Label.MEASURED
             row[fmt] = Entry(floor, label, 0 if seen is None else seen.batches)
@@ -230,8 +317,13 @@ def _entries(
     return out
 
 
-def _damage(sums: _Sums) -> float:
-    return sums.drift / sums.energy
+def _check(site: str, fmt: Format, damage: float) -> None:
+    """Refuse a damage that is no number: it would pass every comparison, or none."""
+    if not math.isfinite(damage):
+        raise T3CError(
+            f"site {site!r} as {fmt}: the damage is not finite ({damage}); its weights or factors "
+            "overflow on the calibration data: check them, or leave the layer out by exclude"
+        )
 
 
 def _scaled(error: float, points: Sequence[tuple[float, float]]) -> float:

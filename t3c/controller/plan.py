@@ -3,17 +3,26 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from t3c.codegen.families import families_of
 from t3c.controller import chain as search
-from t3c.controller.calibrate import collect, factorize, kind_of, round_weights
+from t3c.controller.calibrate import (
+    collect,
+    factorize,
+    kind_of,
+    one_thread_each,
+    round_weights,
+)
 from t3c.controller.costs import ENERGY, check, has_four_bits, storage_bytes
 from t3c.controller.damage import DamageTable, Menu, measure
 from t3c.controller.grids import fit_grids
+from t3c.controller.ledger import verify
 from t3c.controller.options import COUNTED, SHARES, gate
 from t3c.controller.progress import Progress, silent
 from t3c.controller.statistics import correct
@@ -33,6 +42,11 @@ from t3c.targets.base import TargetSpec
 
 SECONDS = 30.0
 """Time for the damage table where the caller names none."""
+TABLE_BATCHES = 48
+"""Batches that a table in a file is measured on, at most.
+
+The default of the design: about 48 sequences or images.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +112,7 @@ def plan(
     model: AbstractCostModel | None = None,
     static: bool | None = None,
     objective: Objective = Objective.LATENCY,
+    table: Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Calibrate, measure the damage table, search the chain.
@@ -114,10 +129,14 @@ def plan(
         static: Whether convolutions round activations to grids that are fixed here, so that int8
             tensors flow between them; None: where the target's kernels can.
         objective: The cost that every step of the chain shall save.
+        table: File of the damage table; a table there that is not finished is gone on with. Then
+            `seconds` of None lets everything be measured, on `TABLE_BATCHES` batches at most; else
+            what there was no time for is estimated, and measured by a later run. None: no file.
         progress: Told where it is; None: nobody.
 
     Raises:
-        T3CError: No batches, or values that are not finite.
+        T3CError: No batches, values that are not finite, or `table` is damaged or of another
+            model, data or menu.
         TargetError: `static` or `objective` asks for kernels that the target does not have.
         ValueError: `profiles` is below 1.
     """
@@ -125,6 +144,8 @@ def plan(
         raise ValueError(f"{profiles} profiles wanted; a chain has at least 1")
     check(objective, spec)
     progress = silent if progress is None else progress
+    if table is not None:
+        verify(table)  # before the work, not after it
     start = time.monotonic()
     limit = SECONDS if seconds is None else seconds
     # Factors fit the data that they are made from better than other data: damage is measured on
@@ -142,23 +163,30 @@ def plan(
         name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
     }
     most = largest(menu)
+    # A table that is gone on with needs the same codes again, to the bit: no clock, one thread.
+    looking, same = (limit / 8, nullcontext) if table is None else (None, one_thread_each)
     wanted = {*most, *(n for n, site in elastic.sites.items() if isinstance(site, LinearSite))}
-    seen = collect(elastic, fit, sites=wanted, seconds=limit / 8, progress=progress)
+    with same():
+        seen = collect(elastic, fit, sites=wanted, seconds=looking, progress=progress)
     plain = factorize(elastic, seen, progress, most=most, batches=fit)
     round_weights(elastic, seen, menu, progress)
     if static:
-        elastic.set_grids(fit_grids(elastic, fit, bits))
-    left = limit - (time.monotonic() - start)
-    table = measure(elastic, held, menu, seconds=max(left, limit / 2), progress=progress)
+        with same():
+            elastic.set_grids(fit_grids(elastic, fit, bits))
+    left = max(limit - (time.monotonic() - start), limit / 2)
+    if table is not None and seconds is None:
+        left = math.inf
+    shown = held if table is None else held[:TABLE_BATCHES]
+    damages = measure(elastic, shown, menu, seconds=left, progress=progress, table=table)
     if held is not fit:
-        unseen = collect(elastic, held, sites=seen, seconds=limit / 8, progress=progress)
+        unseen = collect(elastic, held, sites=seen, seconds=looking, progress=progress)
         both = {name: moment + unseen[name] for name, moment in seen.items()}
         again = {n: most[n] for n in both if n in most}
         factorize(elastic, both, progress, most=again, batches=batches)
         round_weights(elastic, both, menu, progress)
         if static:
             elastic.set_grids(fit_grids(elastic, batches, bits))
-    options = options_of(decisions, table)
+    options = options_of(decisions, damages)
     path = search.path(options)
     if len(path) < profiles:
         path = search.fine_path(options)
@@ -200,7 +228,7 @@ def plan(
     return Plan(
         **_chain(plans, decisions, elastic.sites, fixed, objective),
         gate=decisions,
-        table=table,
+        table=damages,
         plain=plain,
         notes=tuple(notes),
         sites=elastic.sites,

@@ -51,6 +51,17 @@ class Suffix:
         self._slopes = {}
         self._original = list(floats(result))
 
+    def twin(self) -> "Suffix":
+        """One with formats and nodes of its own, for another thread; give it values by `follow`."""
+        return Suffix(self.elastic.twin())
+
+    def follow(self, other: "Suffix") -> None:
+        """Take over the values and gradients that a twin has loaded."""
+        pairs = list(zip(self.graph.graph.nodes, other.graph.graph.nodes, strict=True))
+        self._values = {mine: other._values[its] for mine, its in pairs if its in other._values}
+        self._slopes = {mine: other._slopes[its] for mine, its in pairs if its in other._slopes}
+        self._original = other._original
+
     def energy(self) -> float:
         """Squared norm of the original outputs of the loaded batch."""
         return sum(float(y.double().square().sum()) for y in self._original)

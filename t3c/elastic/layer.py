@@ -1,7 +1,7 @@
 """What elastic linear layers and convolutions share: state, factors, integer codes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,12 @@ class ElasticLayer(nn.Module, ABC):
             raise ValueError(
                 f"site {self.site.name!r}: {fmt} has rank {over[0][0]}, the largest is {over[0][1]}"
             )
+
+    def held(self) -> Iterator[object]:
+        """Weights, factors, moment and codes: what a twin of the layer shares with it."""
+        yield from self.parameters()
+        yield from (self._moment, *self._rounded.values())
+        yield from (tensor for _, codes in self._cache.values() for tensor in codes)
 
     @abstractmethod
     def most(self, fmt: Format) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import reduce
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -98,6 +100,19 @@ class ElasticModel:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything that training may change."""
         return self.graph.parameters()
+
+    def twin(self) -> "ElasticModel":
+        """The same network, with formats of its own; weights, factors and codes are shared.
+
+        For threads that run different formats at the same time. Corrections stay behind.
+        """
+        shared: list[object] = [*self.graph.parameters(), *self.graph.buffers()]
+        for node in self.graph.graph.nodes:
+            if node.op == "get_attr":
+                shared.append(reduce(getattr, str(node.target).split("."), self.graph))
+        shared += (thing for layer in self.layers.values() for thing in layer.held())
+        memo = {id(thing): thing for thing in shared if thing is not None}
+        return ElasticModel(deepcopy(self.graph, memo), self.captured, self.report)
 
     @contextmanager
     def using(
