@@ -181,7 +181,7 @@ def lower(
         objective: What the profiles are chosen to save: ``latency``, ``macs``, ``bytes`` (linear
             layers take 4 bits) or ``energy`` (estimated). All profiles state all costs.
         plan_seconds: Time for calibration and damage table; None: the planner's default.
-        table: File of the measured damage table. What a run that was interrupted had measured is not
+        table: File of the measured damage table. What an interrupted run had measured is not
             measured again, and a finished table is only read; without `plan_seconds` every entry
             is measured, however long it takes. None: nothing is written.
         planner: Chooses the chain; another one takes the arguments of `t3c.controller.plan.plan`.

@@ -259,7 +259,15 @@ def test_lower_takes_calibration_and_a_choice_of_layers(api: list[Any], tmp_path
     assert kwargs["profiles"] == 3
     call("lower", "some_models:net", "--out", tmp_path / "o")
     kwargs = api[1][1]
+    assert kwargs["table"] is None
     assert (kwargs["calibration"], kwargs["include"], kwargs["exclude"]) == (None, ("*",), ())
+
+
+def test_lower_takes_a_file_for_the_damage_table(api: list[Any], tmp_path: Path) -> None:
+    table = tmp_path / "damage.jsonl"
+    done = call("lower", "some_models:net", "--table", table, "--out", tmp_path / "o")
+    assert done.exit_code == 0, done.stderr
+    assert api[0][1]["table"] == table
 
 
 def test_an_unknown_target_is_told_before_the_model_is_made(tmp_path: Path) -> None:

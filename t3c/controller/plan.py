@@ -168,7 +168,7 @@ def plan(
     wanted = {*most, *(n for n, site in elastic.sites.items() if isinstance(site, LinearSite))}
     with same():
         seen = collect(elastic, fit, sites=wanted, seconds=looking, progress=progress)
-    plain = factorize(elastic, seen, progress, most=most, batches=fit)
+        plain = factorize(elastic, seen, progress, most=most, batches=fit)
     round_weights(elastic, seen, menu, progress)
     if static:
         with same():

@@ -142,9 +142,7 @@ def test_a_killed_plan_resumes_to_the_same_chain_and_bytes(tmp_path: Path) -> No
     assert path.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
 
 
-def test_without_a_path_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = mlp()
     measure(model, more(model, 3), menu_of(model))
@@ -254,7 +252,7 @@ def test_other_weights_inputs_or_menus_are_refused_and_named(part: Path) -> None
     changed = mlp()
     with torch.no_grad():
         changed.layers["head"].weight[0, 0] += 1
-    with pytest.raises(T3CError, match="line 1: .*other weights, codes; delete the file"):
+    with pytest.raises(T3CError, match=r"line 1: .*other weights, codes; delete the file"):
         resume(part, changed)
     with pytest.raises(T3CError, match=r"other inputs, batches \(3, now 2\)"):
         resume(part, batches=2)
@@ -273,7 +271,7 @@ def test_a_newer_schema_is_refused(part: Path) -> None:
 def test_a_changed_header_is_refused(part: Path) -> None:
     text = part.read_text()
     part.write_text(text.replace('"method":"1"', '"method":"0"', 1))
-    with pytest.raises(T3CError, match="line 1 is damaged .*no header"):
+    with pytest.raises(T3CError, match=r"line 1 is damaged .*no header"):
         resume(part)
 
 
@@ -311,7 +309,7 @@ def test_a_finished_table_must_be_whole(tmp_path: Path) -> None:
     with pytest.raises(T3CError, match=f"line {len(lines)} is damaged .*cut off"):
         read()
     path.write_text("")
-    with pytest.raises(T3CError, match="line 1 is damaged .*no header"):
+    with pytest.raises(T3CError, match=r"line 1 is damaged .*no header"):
         read()
 
 
