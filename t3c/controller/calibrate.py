@@ -196,7 +196,20 @@ def _compensate(
         elastic.set_factors(name, factorizer.split(aim, mean, gains=seen.directions(), ranks=ranks))
 
     references = [reference(elastic, share, most) for share in REFERENCES]
-    walk(elastic, batches, references, [n for n in names if n in once], renew, progress)
+    sites = [n for n in names if n in once]
+    walk(elastic, batches, references, sites, renew, progress, kept=_kept(elastic, batches, sites))
+
+
+def _kept(
+    elastic: ElasticModel, batches: Sequence[Batch], sites: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    """For each batch, site -> the rows that `collect` counts, bool [rows]."""
+    found: list[dict[str, Tensor]] = []
+    for number, batch in enumerate(batches):
+        found.append({})
+        for seen in look(elastic, batch, sites, [number]):
+            found[-1][seen.site] = _counted(elastic.sites[seen.site], seen)
+    return found
 
 
 def reference(
@@ -246,8 +259,10 @@ def round_weights(
             wanted -= {("weight", 8), ("weight", 4)}
         for factor, bits in sorted(wanted):
             value = layer.weight if factor == "weight" else layer.factor(factor)
-            if bits in (4, 8):
-                made.append((factor, (round_groups if bits == 4 else round_rows)(value, moment)))
+            if bits == 4:
+                made.append((factor, round_groups(value, moment, search=True)))
+            elif bits == 8:
+                made.append((factor, round_rows(value, moment)))
         return made
 
     with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
@@ -353,10 +368,15 @@ def width(site: Site) -> int:
 
 def _moment(site: Site, seen: Seen) -> Moment:
     """Moments of one call of a site."""
-    rows, gains = rows_of(site, seen.x), None
+    rows, gains = rows_of(site, seen.x)[_counted(site, seen)], None
     if seen.slopes:
         back = rows_of(site, seen.slopes[0])
         gains = back.T @ back if back.shape[1] <= SIDE_MAX else None
-        if isinstance(site, LinearSite):
-            rows = rows[back.abs().amax(1) != 0]  # keeps NaN, which is refused by name
     return Moment(rows.T @ rows, gains, len(rows))
+
+
+def _counted(site: Site, seen: Seen) -> Tensor:
+    """Which rows of the input count, bool [rows]: of linear layers those that an output needs."""
+    if seen.slopes and isinstance(site, LinearSite):
+        return rows_of(site, seen.slopes[0]).abs().amax(1) != 0  # keeps NaN: refused by name
+    return torch.ones(len(rows_of(site, seen.x)), dtype=torch.bool)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import rows_of, site_calls
 from t3c.core.formats import Format
+from t3c.core.sites import Site
 from t3c.elastic.model import ElasticModel
 
 Batch = tuple[Tensor, ...]
@@ -43,6 +44,8 @@ def walk(
     sites: Sequence[str],
     renew: Callable[[str, Pair], None],
     progress: Progress = silent,
+    *,
+    kept: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Call `renew` at every one of `sites`, in the order of the graph.
 
@@ -54,6 +57,7 @@ def walk(
         sites: Names of sites that are called once.
         renew: Told the site and its inputs.
         progress: Told before every site.
+        kept: For each batch, site -> which rows of its inputs count, bool [rows]; None: all.
     """
     names = {nodes[0]: name for name, nodes in site_calls(elastic).items() if name in sites}
     layers = {
@@ -69,7 +73,7 @@ def walk(
             if node in names:
                 progress("compensating", done, len(sites))
                 done += 1
-                renew(names[node], _pair(lanes, node, elastic, names[node]))
+                renew(names[node], _pair(lanes, node, elastic.sites[names[node]], kept))
             for formats, copy in zip(copies, lanes, strict=True):
                 if node in layers:
                     layer = layers[node]
@@ -94,16 +98,24 @@ class _Lane(fx.Interpreter):
 
 
 def _pair(
-    lanes: Sequence[Sequence[_Lane]], node: fx.Node, elastic: ElasticModel, name: str
+    lanes: Sequence[Sequence[_Lane]],
+    node: fx.Node,
+    site: Site,
+    kept: Sequence[Mapping[str, Tensor]] | None,
 ) -> Pair:
     """Second moments of the inputs of a site that is about to run."""
-    site, source = elastic.sites[name], node.all_input_nodes[0]
-    originals = [rows_of(site, lane.env[source]) for lane in lanes[0]]
+
+    def inputs(copy: Sequence[_Lane]) -> list[Tensor]:
+        found = [rows_of(site, lane.env[node.all_input_nodes[0]]) for lane in copy]
+        if kept is None:
+            return found
+        return [rows[of[site.name]] for rows, of in zip(found, kept, strict=True)]
+
+    originals = inputs(lanes[0])
     width = originals[0].shape[1]
     total, cross = torch.zeros(width, width), torch.zeros(width, width)
     for copy in lanes[1:]:
-        for x, lane in zip(originals, copy, strict=True):
-            y = rows_of(site, lane.env[source])
+        for x, y in zip(originals, inputs(copy), strict=True):
             own = y.T @ y
             total += own
             cross += own if torch.equal(x, y) else x.T @ y

@@ -9,6 +9,7 @@ and is rounded by itself, and the inputs of the output-side factor hardly correl
 nearly diagonal by construction), so that one is rounded plainly.
 """
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +25,8 @@ FINE_WEIGHT = 16.0
 codes must choose. MiniLM, drift of the 8- and the 4-bit profile: 0 .037 and .178, 16 .026 and .185
 (independent arrays .0195 and .178; with rounded activations .0637 and .194 against .0606 and .187).
 """
+CLIPS = tuple(1 - 0.03 * i for i in range(14))
+"""Scales that `clipped` tries, as shares of the one that clips nothing."""
 
 
 @torch.no_grad()
@@ -50,24 +53,39 @@ def round_rows(weight: Tensor, moment: Tensor) -> Matrix:
 
 
 @torch.no_grad()
-def round_groups(weight: Tensor, moment: Tensor) -> Grouped:
+def round_groups(
+    weight: Tensor,
+    moment: Tensor,
+    *,
+    search: bool = False,
+    bits: int = 4,
+    below_four: bool = False,
+) -> Grouped:
     """4-bit codes in groups of 64 columns; the scale of a group fits what feedback made of it.
 
     Args:
         weight: [rows, cols].
         moment: [cols, cols], E[x x^T] of the inputs.
+        search: Whether scales are those of `clipped` instead of `quantize_groups`.
+        bits: Of a code; below 4 it is stored in 4 all the same, for studies of what is lost.
+        below_four: Whether fewer than 4 bits are meant.
 
     Raises:
-        ValueError: The moment does not fit.
+        ValueError: The moment does not fit, or the bits are not 4 and nobody said they are meant.
     """
+    _check_bits(bits, below_four)
+    least = -(1 << (bits - 1))
     w = weight.detach().float()
     q = torch.zeros_like(w)
     scales = []
     for at, block, feedback in _blocks(w, moment):
-        scale = torch.from_numpy(quantize_groups(block.numpy()).scale)[:, 0]
+        if search or bits < 4:
+            scale = clipped(block, feedback.upper.diagonal(), least)
+        else:
+            scale = torch.from_numpy(quantize_groups(block.numpy()).scale)[:, 0]
         scales.append(scale)
         for j in range(block.shape[1]):
-            codes = torch.round(block[:, j] / scale).clamp(-8, 7)
+            codes = torch.round(block[:, j] / scale).clamp(least, -least - 1)
             q[:, at + j] = codes
             feedback(j, codes * scale)
     return Grouped(q.to(torch.int8).numpy(), np.ascontiguousarray(torch.stack(scales, 1).numpy()))
@@ -120,6 +138,47 @@ def _nest(four: Tensor, eight: Tensor) -> tuple[Tensor, Tensor]:
     inside = torch.floor((nearest + RATIO / 2) / RATIO).clamp(-8, 7)
     coarse = torch.where(error(inside) < error(wanted), inside, wanted)
     return coarse, fine(coarse)
+
+
+def clipped(group: Tensor, upper: Tensor, least: int = -8) -> Tensor:
+    """Scales of a group, a row each: of `CLIPS` the one that costs least where errors count.
+
+    An error e of column j costs e^2 / u_j^2, as in the rounding itself; ties go to the larger.
+
+    Args:
+        group: [rows, up to 64], what feedback made of the weights.
+        upper: u, the diagonal of the Cholesky factor of the inverse moment at these columns.
+        least: The smallest code; the largest magnitude of a row becomes this one or is clipped.
+
+    Returns:
+        [rows] bfloat16 numbers of either sign, in float32; 1 for a row of zeros.
+    """
+    peak = group.gather(1, group.abs().argmax(1, keepdim=True))[:, 0]
+    scale, lowest = torch.ones_like(peak), torch.full_like(peak, float("inf"))
+    for share in CLIPS:
+        step = (peak * (share / least)).bfloat16().float()
+        step = torch.where(step == 0, torch.ones_like(step), step)[:, None]
+        codes = torch.round(group / step).clamp(least, -least - 1)
+        cost = ((codes * step - group) / upper).square().sum(1)
+        better = cost < lowest
+        lowest, scale = torch.where(better, cost, lowest), torch.where(better, step[:, 0], scale)
+    return scale
+
+
+def _check_bits(bits: int, below_four: bool) -> None:
+    """Refuse widths that are not asked for on purpose."""
+    if bits not in (2, 3, 4):
+        raise ValueError(f"bits is {bits}; groups have 4, or 2 or 3 with below_four=True")
+    if bits < 4 and not below_four:
+        raise ValueError(
+            f"bits is {bits}: below 4 bits a network loses most of its accuracy and T3C saves no "
+            "memory; use 4 with fewer ranks, or say below_four=True"
+        )
+    if bits < 4:
+        warnings.warn(
+            f"{bits}-bit codes are stored in 4 bits and lose far more than 4-bit ones",
+            stacklevel=3,
+        )
 
 
 class _Feedback:

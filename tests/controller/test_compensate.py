@@ -111,3 +111,14 @@ def test_compensation_without_batches_is_refused() -> None:
     model = with_factorizer(models.mlp(), "saes-svd")
     with pytest.raises(ValueError, match="'saes-svd' runs the network front to back; give"):
         factorize(model, collect(model, models.more(model, 1)))
+
+
+def test_rows_that_do_not_count_enter_no_moment() -> None:
+    model, batches = models.mlp(), models.more(models.mlp(), 3)
+    half = torch.arange(8) < 4
+    found: dict[str, Pair] = {}
+    kept = [dict.fromkeys(model.sites, half) for _ in batches]
+    walk(model, batches, [{}], list(model.sites), found.__setitem__, kept=kept)
+    rows = torch.cat([batch[0][half] for batch in batches])
+    torch.testing.assert_close(found["fc0"].total, rows.T @ rows)
+    assert found["fc0"].rows == len(rows)

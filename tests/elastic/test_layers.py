@@ -109,6 +109,7 @@ def _window(m: Matrix) -> Matrix:
     ("layer", "small", "large"),
     [
         (linear(9, 7), LowRank(2), LowRank(5)),
+        (linear(90, 130), LowRank(3, 4), LowRank(70, 4)),
         (conv((1, 1)), LowRank(2), LowRank(5)),
         (conv((3, 3)), Tucker2(2, 1), Tucker2(4, 6)),
         (conv((3, 3)), CP(2), CP(5)),
@@ -118,7 +119,7 @@ def test_codes_of_a_smaller_rank_are_a_prefix(
     layer: ElasticLinear | ElasticConv, small: Format, large: Format
 ) -> None:
     few, many = layer.codes([small]), layer.codes([small, large])
-    for name in ("low", "high", "reduce", "core", "expand", "cp_in", "cp_out"):
+    for name in ("low", "high", "reduce", "core", "expand", "cp_in", "cp_out", "low4", "high4"):
         a, b = getattr(few, name), getattr(many, name)
         assert (a is None) is (b is None)
         if a is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from t3c.core.codes import RATIO, Grouped, Matrix, Nested, quantize_groups, quantize_weight
-from t3c.elastic.rounding import round_groups, round_nested, round_rows
+from t3c.elastic.rounding import CLIPS, clipped, round_groups, round_nested, round_rows
 
 
 def layer(rows: int, cols: int) -> tuple[Tensor, Tensor]:
@@ -88,3 +88,55 @@ def test_inputs_that_were_never_seen() -> None:
 def test_a_moment_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"moment is \(3, 3\); need \[70, 70\]"):
         round_rows(torch.zeros(4, 70), torch.eye(3))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(16, 63), (24, 65), (32, 200)])
+def test_searched_clipping_loses_less(rows: int, cols: int) -> None:
+    weight, moment = layer(rows, cols)
+    sizes = torch.logspace(-1, 1, cols)[
+        torch.randperm(cols, generator=torch.Generator().manual_seed(0))
+    ]
+    moment = moment * torch.outer(sizes, sizes)  # columns whose errors cost unlike
+    plain = loss(weight, round_groups(weight, moment), moment)
+    assert loss(weight, round_groups(weight, moment, search=True), moment) < 0.9 * plain
+
+
+def test_clipping_weighs_columns_by_what_their_errors_cost() -> None:
+    group = torch.cat((torch.full((1, 1), 8.0), torch.linspace(-3, 3, 63)[None]), 1)
+    even, rare = torch.ones(64), torch.ones(64)
+    rare[0] = 100.0  # errors of the outlier cost nothing
+    assert float(clipped(group, rare)[0].abs()) < float(clipped(group, even)[0].abs())
+    for least in (-2, -4, -8):
+        scale = clipped(group, even, least)
+        assert torch.equal(scale, scale.bfloat16().float())
+        ends = [8 * share / -least for share in (CLIPS[0], CLIPS[-1])]
+        assert ends[1] * 0.99 <= float(scale.abs()) <= ends[0] * 1.01
+    assert torch.equal(clipped(torch.zeros(2, 5), torch.ones(5)), torch.ones(2))
+
+
+def test_searched_rows_are_rounded_by_themselves_and_twice_alike() -> None:
+    weight, moment = layer(32, 96)
+    one, two = (round_groups(weight, moment, search=True) for _ in range(2))
+    part = round_groups(weight[:8], moment, search=True)
+    np.testing.assert_array_equal(one.q, two.q)
+    np.testing.assert_array_equal(one.q[:8], part.q)
+    np.testing.assert_array_equal(one.scale[:8], part.scale)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fewer_than_four_bits_need_a_word_and_warn(bits: int) -> None:
+    weight, moment = layer(8, 70)
+    with pytest.raises(ValueError, match=rf"bits is {bits}: below 4 bits .* below_four=True"):
+        round_groups(weight, moment, bits=bits)
+    with pytest.warns(UserWarning, match=f"{bits}-bit codes are stored in 4 bits"):
+        made = round_groups(weight, moment, bits=bits, below_four=True)
+    assert made.q.min() >= -(1 << (bits - 1))
+    assert made.q.max() < 1 << (bits - 1)
+    four = loss(weight, round_groups(weight, moment), moment)
+    assert loss(weight, made, moment) > 2 * four
+
+
+def test_other_widths_of_groups_are_refused() -> None:
+    weight, moment = layer(2, 64)
+    with pytest.raises(ValueError, match="bits is 8; groups have 4, or 2 or 3"):
+        round_groups(weight, moment, bits=8, below_four=True)
