@@ -148,7 +148,7 @@ class Bench:
         from t3c.controller.damage import measure
         from t3c.core.formats import Dense, LowRank
 
-        menu = {
+        menu: dict[str, list[Any]] = {
             name: [Dense(8), *(LowRank(rank) for rank in self._ranks(site))]
             for name, site in self.elastic.sites.items()
         }
