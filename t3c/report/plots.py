@@ -1,4 +1,4 @@
-"""Pareto plots: quality against a cost, every series in one picture (needs matplotlib)."""
+"""Pictures: quality against a cost, calls against time (needs matplotlib)."""
 
 import os
 from collections.abc import Sequence
@@ -46,6 +46,25 @@ class Axes:
     log_cost: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Calls in the order of time, all under one setting.
+
+    Attributes:
+        name: For the legend.
+        seconds: When each call ended.
+        ms: How long it took.
+        profiles: Name of the profile of each; drawn below, where `follow` is set.
+        follow: Whether to draw the profiles.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    ms: tuple[float, ...]
+    profiles: tuple[str, ...] = ()
+    follow: bool = False
+
+
 def dominated(series: Sequence[Series]) -> list[tuple[str, str, str]]:
     """Points that another one beats: (series, point, what beats it).
 
@@ -76,13 +95,7 @@ def pareto(series: Sequence[Series], path: str | os.PathLike[str], axes: Axes) -
     Raises:
         TargetError: matplotlib is not installed.
     """
-    try:
-        matplotlib: Any = import_module("matplotlib")
-        figure_module: Any = import_module("matplotlib.figure")
-    except ImportError as error:
-        raise TargetError(
-            "plots need matplotlib; install it with: pip install t3c[plot]"
-        ) from error
+    matplotlib, figure_module = _matplotlib()
     figure = figure_module.Figure(figsize=(7.5, 5), layout="constrained")
     plot = figure.subplots()
     beaten = {(group, point) for group, point, _ in dominated(series)}
@@ -112,6 +125,73 @@ def pareto(series: Sequence[Series], path: str | os.PathLike[str], axes: Axes) -
     plot.margins(x=0.12)  # room for the names beside the points
     plot.grid(visible=True, linewidth=0.3)
     plot.legend(fontsize=8)
-    with matplotlib.rc_context({"svg.hashsalt": "t3c"}):  # the same bytes every time
+    return _saved(matplotlib, figure, path)
+
+
+def trace(
+    traces: Sequence[Trace],
+    path: str | os.PathLike[str],
+    *,
+    budget_ms: float,
+    loads: Sequence[tuple[float, float]] = (),
+    names: Sequence[str] = (),
+    title: str = "",
+) -> Path:
+    """Draw calls against time, the budget, and below which profile each call ran.
+
+    Args:
+        traces: What to draw.
+        path: File to write; its ending picks the format (svg, png, pdf).
+        budget_ms: A line.
+        loads: Times (begin, end) to shade, in which something else loaded the machine.
+        names: All profiles, smallest first.
+        title: Over the picture.
+
+    Returns:
+        The path.
+
+    Raises:
+        TargetError: matplotlib is not installed.
+    """
+    matplotlib, figure_module = _matplotlib()
+    figure = figure_module.Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for plot in (above, below):
+        for begin, end in loads:
+            plot.axvspan(begin, end, color="0.9", zorder=0)
+        plot.grid(visible=True, linewidth=0.3)
+    for i, one in enumerate(traces):
+        dots: dict[str, Any] = {"color": f"C{i}", "linestyle": "none", "markersize": 2}
+        above.plot(one.seconds, one.ms, MARKERS[0], label=one.name, rasterized=True, **dots)
+        if one.follow:
+            places = [names.index(name) for name in one.profiles]
+            below.step(one.seconds, places, where="post", color=f"C{i}", linewidth=1)
+    above.axhline(budget_ms, color="black", linewidth=1, label="budget")
+    above.set(ylabel="one call, ms", title=title, ylim=(0, 3 * budget_ms))
+    above.legend(fontsize=8, loc="upper right")
+    below.set(xlabel="time, s (grey: the machine is loaded)", ylabel="profile")
+    below.set_yticks(range(len(names)), names, size=8)
+    return _saved(matplotlib, figure, path)
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    """Matplotlib and its figures, without a screen.
+
+    Raises:
+        TargetError: It is not installed.
+    """
+    try:
+        matplotlib: Any = import_module("matplotlib")
+        figure_module: Any = import_module("matplotlib.figure")
+    except ImportError as error:
+        raise TargetError(
+            "plots need matplotlib; install it with: pip install t3c[plot]"
+        ) from error
+    return matplotlib, figure_module
+
+
+def _saved(matplotlib: Any, figure: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a picture; the same one has the same bytes every time."""
+    with matplotlib.rc_context({"svg.hashsalt": "t3c"}):
         figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
     return Path(path)

@@ -1,4 +1,4 @@
-"""Pareto plots list what is dominated and draw all of it."""
+"""Pareto plots list what is dominated and draw all of it; traces show calls and profiles."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from t3c.core.errors import TargetError
-from t3c.report.plots import Axes, Point, Series, dominated, pareto
+from t3c.report.plots import Axes, Point, Series, Trace, dominated, pareto, trace
 
 OURS = Series("T3C", (Point("tiny", 1, 70), Point("max", 3, 80)), chain=True)
 THEIRS = Series("other", (Point("int8", 3, 75), Point("twin", 1, 70), Point("best", 0.5, 60)))
@@ -33,6 +33,24 @@ def test_the_same_picture_has_the_same_bytes(tmp_path: Path) -> None:
     log = Axes("ms", "%", log_cost=True)
     first, second = (pareto([OURS], tmp_path / f"{i}.svg", log).read_text() for i in (1, 2))
     assert first == second
+
+
+def test_a_trace_of_calls_is_written_and_has_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra: plot)")
+    times = tuple(float(i) for i in range(10))
+    traces = [
+        Trace("fixed", times, times),
+        Trace("governed", times, times, ("tiny", "max") * 5, follow=True),
+    ]
+
+    first, second = (
+        trace(
+            traces, tmp_path / f"{i}.svg", budget_ms=4.0, loads=[(2, 5)], names=("tiny", "max")
+        ).read_text()
+        for i in (1, 2)
+    )
+    assert first == second
+    assert len(first) > 5000
 
 
 def test_without_matplotlib_the_message_says_what_to_install(
