@@ -13,6 +13,7 @@ import numpy as np
 import tvm as _tvm
 from numpy.typing import NDArray
 from tvm import relax as _relax
+from tvm import rpc as _rpc
 from tvm.relax import expr_functor as _functor
 from tvm.relax.frontend import torch as _frontend
 from tvm.s_tir import meta_schedule as _meta_schedule
@@ -33,6 +34,7 @@ __all__ = [
     "meta_schedule",
     "parse_function",
     "relax",
+    "rpc",
     "runner",
     "script",
     "substitute",
@@ -42,6 +44,7 @@ __all__ = [
 # TVM's own annotations are not what its functions take and give; to type checkers it is Any.
 tvm: Any = _tvm
 relax: Any = _relax
+rpc: Any = _rpc
 script: Any = _script
 builder: Any = _builder
 meta_schedule: Any = _meta_schedule

@@ -12,6 +12,7 @@ __all__ = ["COST_MODELS", "AbstractCostModel", "Row", "cost_model"]
 
 COST_MODELS: Mapping[str, str] = {
     "roofline": "t3c.cost_models.roofline:RooflineModel",
+    "learned": "t3c.cost_models.learned:LearnedModel",
 }
 """Name -> "module:ATTRIBUTE" of an AbstractCostModel."""
 

@@ -44,7 +44,7 @@ class RooflineModel(AbstractCostModel):
 
     def predict(self, rows: Sequence[Row]) -> list[float]:
         """Seconds of each row."""
-        return [float(_counts(row, self.constants) @ self._seconds_each()) for row in rows]
+        return [float(counts_of(row, self.constants) @ self._seconds_each()) for row in rows]
 
     def predict_rest(self, work: Work, threads: int = 1) -> float:
         """Seconds of what is not elastic: the slower of arithmetic and memory, plus the calls."""
@@ -66,8 +66,8 @@ class RooflineModel(AbstractCostModel):
                 f"got {len(rows)} rows and {len(times)} times; need one positive time for each, "
                 "at least 5"
             )
-        counts = np.stack([_counts(row, self.constants)[:5] for row in rows])
-        call, quantize, mac, store, byte = _non_negative(counts, times)
+        counts = np.stack([counts_of(row, self.constants)[:5] for row in rows])
+        call, quantize, mac, store, byte = non_negative(counts, times)
         tiny = 1e-18
         fitted = replace(
             self.constants,
@@ -114,7 +114,7 @@ Counts = NDArray[np.float64]
 """(calls, elements quantized, int8 multiply-adds, elements stored, weight bytes, f32 ones)."""
 
 
-def _counts(row: Row, constants: Roofline) -> Counts:
+def counts_of(row: Row, constants: Roofline) -> Counts:
     """Work of one row; threads share all of it but calls and weight bytes.
 
     Multiply-adds with 4-bit weights count as the int8 ones that take as long.
@@ -190,16 +190,23 @@ def _up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _non_negative(counts: Counts, seconds: Counts) -> list[float]:
-    """Non-negative x of least sum((counts @ x / seconds - 1)^2), over all sets of active terms."""
+def non_negative(counts: Counts, seconds: Counts, weights: Counts | None = None) -> list[float]:
+    """Non-negative x of least sum((counts @ x / seconds - 1)^2), over all sets of active terms.
+
+    Args:
+        counts: Work [rows, terms].
+        seconds: Of each row.
+        weights: Of each row's error; None: all the same.
+    """
     scale = counts.max(axis=0) + 1e-300
-    relative = counts / scale / seconds[:, None]
+    ones = np.ones(len(seconds)) if weights is None else weights
+    relative = counts / scale / seconds[:, None] * ones[:, None]
     terms = range(counts.shape[1])
     best, least = np.zeros(len(terms)), np.inf
     for size in terms:
         for active in combinations(terms, size + 1):
-            x = np.linalg.lstsq(relative[:, active], np.ones(len(seconds)), rcond=None)[0]
-            error = float(((relative[:, active] @ x - 1) ** 2).sum())
+            x = np.linalg.lstsq(relative[:, active], ones, rcond=None)[0]
+            error = float(((relative[:, active] @ x - ones) ** 2).sum())
             if (x >= 0).all() and error < least:
                 least = error
                 best = np.zeros(len(terms))

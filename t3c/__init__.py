@@ -11,6 +11,7 @@ from t3c.core.budget import Budget
 from t3c.core.errors import (
     ArtifactError,
     CertificateError,
+    CostModelError,
     InfeasibleBudget,
     LoweringError,
     ParityError,
@@ -29,6 +30,7 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "CertificateError",
+    "CostModelError",
     "Governor",
     "InfeasibleBudget",
     "LoweringError",

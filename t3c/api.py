@@ -52,6 +52,10 @@ from t3c.core.manifest import (
 from t3c.core.objective import Objective, parse_objective
 from t3c.core.sites import Site
 from t3c.core.structure import LEAF, Tree
+from t3c.cost_models import COST_MODELS, AbstractCostModel
+from t3c.cost_models import cost_model as predictor
+from t3c.cost_models.device import this_device
+from t3c.cost_models.learned import LearnedModel
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.factorize import DEFAULT
 from t3c.elastic.linear import ElasticLinear
@@ -148,6 +152,7 @@ def lower(
     tables: bool = False,
     activations: str = "auto",
     objective: str | Objective = Objective.LATENCY,
+    cost_model: str | os.PathLike[str] | AbstractCostModel = "roofline",
     plan_seconds: float | None = None,
     table: str | os.PathLike[str] | None = None,
     planner: Callable[..., Plan] = plan,
@@ -180,6 +185,9 @@ def lower(
             each image; ``auto``, static where the target's kernels can.
         objective: What the profiles are chosen to save: ``latency``, ``macs``, ``bytes`` (linear
             layers take 4 bits) or ``energy`` (estimated). All profiles state all costs.
+        cost_model: Predicts times of layers while the chain is planned: a name
+            (``t3c.cost_models.COST_MODELS``), the file of a model that ``t3c fit`` wrote, or a
+            model. A fitted one must be of this device.
         plan_seconds: Time for calibration and damage table; None: the planner's default.
         table: File of the measured damage table. What an interrupted run had measured is not
             measured again, and a finished table is only read; without `plan_seconds` every entry
@@ -206,6 +214,7 @@ def lower(
         ArtifactError: `out` exists and is no artifact.
         TargetError: Unknown target (the known ones are listed), tools are missing, kernels shall
             be tuned for another machine, or the target cannot serve the objective.
+        CostModelError: The cost model is damaged, stale, or of another device.
         LoweringError: The graph does not fit the target.
         T3CError: `table` is damaged, or of another model, data or menu.
         ValueError: `activations` is none of the three, or `objective` none of the four.
@@ -260,6 +269,7 @@ def lower(
         objective=objective,
         progress=progress,
         **({} if table is None else {"table": Path(table)}),
+        **_predictor(cost_model, spec, threads),
     )
     notes.add(*chosen.notes)
     if domain is not None and any(elastic.corrections(p.formats) for p in chosen.chain):
@@ -375,6 +385,23 @@ def certify(
 def _input_hash(inputs: Sequence[tuple[Any, ...]]) -> str:
     """SHA-256 over the tensors of calls, in order."""
     return _hash([tuple(x for x in tree_leaves(args) if isinstance(x, Tensor)) for args in inputs])
+
+
+def _predictor(
+    model: str | os.PathLike[str] | AbstractCostModel, spec: TargetSpec, threads: int | None
+) -> dict[str, AbstractCostModel]:
+    """The planner's argument `model`; none for the default, which any planner knows itself."""
+    if model == "roofline":
+        return {}
+    if isinstance(model, AbstractCostModel):
+        found = model
+    elif str(model) in COST_MODELS:
+        found = predictor(spec, str(model))
+    else:
+        found = LearnedModel.load(Path(model))
+    if isinstance(found, LearnedModel):
+        found.check(this_device(spec, threads or 1))
+    return {"model": found}
 
 
 def _lost(before: Plan, after: Plan) -> str:

@@ -1,4 +1,4 @@
-"""The command line: t3c lower, run, plan, inspect, certify, bench, doctor."""
+"""The command line: t3c lower, run, plan, inspect, certify, bench, measure, fit, doctor."""
 
 import json
 import math
@@ -20,7 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from t3c import targets
 from t3c.core.artifact import Artifact
 from t3c.core.budget import LEVEL, Budget, Selector, costs, drift_bound
-from t3c.core.errors import ArtifactError, InfeasibleBudget, ParityError, T3CError, TargetError
+from t3c.core.errors import (
+    ArtifactError,
+    CostModelError,
+    InfeasibleBudget,
+    ParityError,
+    T3CError,
+    TargetError,
+)
 from t3c.core.explain import Explanation, explain
 from t3c.core.manifest import Manifest
 from t3c.core.structure import flatten
@@ -28,12 +35,14 @@ from t3c.report import tables
 
 EXIT_CODES = """
 Exit codes: 0 ok, 1 failed, 2 wrong usage or input, 3 no profile fits the budget, 4 library and
-torch reference disagree, 5 artifact damaged or unreadable, 6 something this machine lacks.
+torch reference disagree, 5 artifact, measurements or cost
+model damaged or stale, 6 something this machine lacks.
 """
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (InfeasibleBudget, 3),
     (ParityError, 4),
     (ArtifactError, 5),
+    (CostModelError, 5),
     (TargetError, 6),
     (ImportError, 6),
     (ValueError, 2),
@@ -129,7 +138,7 @@ def exit_code(error: BaseException) -> int:
     if type(error) is T3CError:  # a bad name or spelling, not a failed step
         return 2
     if isinstance(error, T3CError) and not isinstance(
-        error, InfeasibleBudget | ParityError | ArtifactError | TargetError
+        error, InfeasibleBudget | ParityError | ArtifactError | CostModelError | TargetError
     ):
         return 1
     return next((code for kind, code in _CODES if isinstance(error, kind)), 1)
@@ -179,6 +188,10 @@ def lower(
             help="File of the measured damage table: a killed run goes on, a finished one is read."
         ),
     ] = None,
+    cost_model: Annotated[
+        str,
+        typer.Option(help="roofline, or the file of a model that `t3c fit` wrote for this device."),
+    ] = "roofline",
     tune_minutes: Annotated[
         float,
         typer.Option(
@@ -215,6 +228,7 @@ def lower(
                 activations=activations,
                 objective=objective,
                 table=table,
+                cost_model=cost_model,
                 tune_minutes=tune_minutes,
                 tune_folder=tune_folder,
                 progress=progress,
@@ -472,6 +486,81 @@ def bench(
         ]
         console.show(tables.bench(rows, f"{session.manifest.target.name}, calls interleaved"))
         console.data({"profiles": [row.to_json() for row in rows]})
+
+
+@app.command(epilog=EXIT_CODES)
+def measure(
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of rows; gone on with.")] = Path(
+        "rows.jsonl"
+    ),
+    device: Annotated[
+        str,
+        typer.Option(help="local, host:port[,host:port] or tracker://host:port/key (TVM's RPC)."),
+    ] = "local",
+    minutes: Annotated[float, typer.Option(min=0, help="Time for all; 0: no limit.")] = 10.0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a call.")] = 1,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Of the kernels; else this machine's.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What to call a remote device; none: it is this machine.")
+    ] = None,
+    key: Annotated[str, typer.Option(help="Key of RPC servers.")] = "",
+    kernels: Annotated[int, typer.Option(min=1, help="Layers to measure, about.")] = 560,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time layers and small networks, for a cost model; a killed run goes on."""
+    with command(as_json, quiet, debug) as console:
+        run: Any = import_module("t3c.measurement.run")
+        with _progress(console) as progress:
+            found = run.measure_on(
+                device,
+                out,
+                minutes=minutes,
+                threads=threads,
+                target=target,
+                name=name,
+                key=key,
+                plan=run.Plan(kernels=kernels),
+                progress=progress,
+                say=console.remark,
+            )
+        count = {"kernels": len(found.kernels), "profiles": len(found.profiles)}
+        console.show(f"{out}: {count['kernels']} kernels, {count['profiles']} profiles")
+        console.data({"rows": str(out), "device": found.device.to_json(), **count})
+
+
+@app.command(epilog=EXIT_CODES)
+def fit(
+    rows: Annotated[Path, typer.Argument(metavar="ROWS", help="File that `t3c measure` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of the model.")] = Path(
+        "model.json"
+    ),
+    report: Annotated[
+        bool, typer.Option(help="Judge it on shapes and networks that it has not seen.")
+    ] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fit a cost model to measured rows, for `t3c lower --cost-model`."""
+    with command(as_json, quiet, debug) as console:
+        device: Any = import_module("t3c.cost_models.device")
+        learned: Any = import_module("t3c.cost_models.learned")
+        data = import_module("t3c.cost_models.dataset").Dataset.read(rows, console.remark)
+        spec = device.target_of(data.device)
+        model = learned.LearnedModel.learn(data, spec)
+        model.save(out)
+        scores: dict[str, Any] = {}
+        if report:
+            scores = import_module("t3c.cost_models.scores").report(data, spec).to_json()
+        for what, found in scores.items():
+            lines = [{"model": name, **score} for name, score in found.items()]
+            console.show(tables.plain(lines, f"on {what} that were left out"))
+        console.show(f"wrote {out}")
+        console.data({"model": str(out), "scores": scores})
 
 
 @app.command(epilog=EXIT_CODES)

@@ -23,6 +23,10 @@ class CertificateError(T3CError):
     """A certificate could not be computed, or was asked for what it cannot state."""
 
 
+class CostModelError(T3CError):
+    """Measurements or a cost model are damaged, stale, or of another device."""
+
+
 class ArtifactError(T3CError):
     """An artifact folder is missing, damaged, too new, or built for another machine."""
 

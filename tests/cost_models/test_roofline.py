@@ -75,7 +75,7 @@ def test_every_registered_model_resolves() -> None:
         found = resolve(COST_MODELS, name, "cost model", T3CError)
         assert isinstance(found, type)
         assert issubclass(found, AbstractCostModel)
-    with pytest.raises(T3CError, match="known are roofline"):
+    with pytest.raises(T3CError, match="known are learned, roofline"):
         cost_model(AMX, "xgboost2")
 
 

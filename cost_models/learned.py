@@ -1,0 +1,329 @@
+"""The learned cost model: boosted trees over a roofline, fitted to measurements of one device.
+
+log t = share x log(roofline) + trees(features), the trees monotone in all that grows. The roofline
+has constants of its own for every kind of kernel. A network takes
+a x (sum of its layers) + b x layers + c x float32 multiply-adds + d x bytes + e x calls + f.
+Intervals are split-conformal: quantiles of the error on shapes and networks that were left out.
+Source: Chen and Guestrin, XGBoost, KDD 2016; Vovk et al., Algorithmic Learning, section 4.2.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self, final
+
+import numpy as np
+import xgboost
+from numpy.typing import NDArray
+
+from t3c.core.artifact import write_atomic
+from t3c.core.errors import CostModelError
+from t3c.cost_models.base import AbstractCostModel, Row, Work
+from t3c.cost_models.dataset import Dataset, ProfileRow, kernel_key
+from t3c.cost_models.device import Device
+from t3c.cost_models.features import CONSTRAINTS, Numbers, features, kind_of, work
+from t3c.cost_models.roofline import RooflineModel, non_negative
+from t3c.targets.base import Roofline, TargetSpec
+
+SCHEMA = 1
+COVERAGE = 0.9
+"""Share of new kernels, or networks, that an interval shall hold."""
+SHARE = 0.85
+"""Of the roofline's growth that is kept; the trees add the rest, and what they know better."""
+ROUNDS = 300
+BAGS = 3
+"""Boosters that are averaged, each with samples of its own."""
+SETTINGS: Mapping[str, Any] = {
+    "objective": "reg:squarederror",
+    "max_depth": 5,
+    "eta": 0.05,
+    "subsample": 0.7,
+    "colsample_bytree": 0.8,
+    "min_child_weight": 3,
+    "nthread": 1,
+    "verbosity": 0,
+}
+ALL = "*"
+"""Kind of kernel that stands for every kind that was not measured."""
+ELSEWHERE = 0.1
+"""Weight of measurements of other kinds in the prior of a kind: few of its own decide alone."""
+HELD_OUT = 5
+"""Every so manieth shape is left out of the fit, for the intervals."""
+LEAST = 40
+"""Rows from which on trees are fitted."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LearnedModel(AbstractCostModel):
+    """What was learnt on one device; before any fit it is the target's roofline.
+
+    Attributes:
+        constants: Of the target.
+        device: Where it was measured; None: nowhere.
+        prior: Kind of kernel -> seconds of a unit of each count (`features.work`).
+        trees: Boosters as XGBoost's own JSON; their mean counts.
+        network: Weights of a network's parts (`_parts`); empty: not learnt.
+        spread: Quantile of the absolute log error of kernels; infinite: no interval.
+        network_spread: The same of networks.
+    """
+
+    constants: Roofline
+    device: Device | None = None
+    prior: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    trees: tuple[str, ...] = ()
+    network: tuple[float, ...] = ()
+    spread: float = math.inf
+    network_spread: float = math.inf
+
+    @classmethod
+    def of(cls, spec: TargetSpec) -> Self:
+        """The roofline of the target."""
+        return cls(spec.roofline)
+
+    @classmethod
+    def learn(cls, dataset: Dataset, spec: TargetSpec) -> Self:
+        """A model of everything in a dataset.
+
+        Raises:
+            CostModelError: It holds fewer than `LEAST` kernels.
+        """
+        kernels = dataset.kernels
+        if len(kernels) < LEAST:
+            raise CostModelError(
+                f"{dataset.path} holds {len(kernels)} kernels; a model needs at least {LEAST}: "
+                "measure on with `t3c measure`"
+            )
+        seconds = [row.seconds.p50_s for row in kernels]
+        groups = [row.group or kernel_key(row.row) for row in kernels]
+        rows = [row.row for row in kernels]
+        model = replace(cls.of(spec), device=dataset.device).fit_groups(rows, seconds, groups)
+        return model.fit_profiles(dataset.profiles)
+
+    def fit(self, rows: Sequence[Row], seconds: Sequence[float]) -> Self:
+        """See `AbstractCostModel`; rows of one shape are left out together for the intervals."""
+        groups = [str(replace(row.site, name="")) for row in rows]
+        return self.fit_groups(rows, seconds, groups)
+
+    def fit_groups(
+        self, rows: Sequence[Row], seconds: Sequence[float], groups: Sequence[str]
+    ) -> Self:
+        """A model of kernels.
+
+        Args:
+            rows: What was measured.
+            seconds: Median of each.
+            groups: Of each row; rows of a group are left out together.
+
+        Raises:
+            ValueError: Fewer than five rows, or a time that is not positive.
+        """
+        times = np.asarray(seconds, np.float64)
+        if not len(rows) == len(times) == len(groups) or len(rows) < 5 or not (times > 0).all():
+            raise ValueError(
+                f"got {len(rows)} rows, {len(times)} times and {len(groups)} groups; need one "
+                "positive time and a group for each, at least 5"
+            )
+        names = list(dict.fromkeys(groups))
+        left_out = set(names[HELD_OUT - 1 :: HELD_OUT])
+        fit = np.array([g not in left_out for g in groups])
+        fitted = self._fitted([r for r, f in zip(rows, fit, strict=True) if f], times[fit])
+        if fit.all():
+            return fitted
+        held = [r for r, f in zip(rows, fit, strict=True) if not f]
+        errors = np.abs(np.log(fitted.predict(held)) - np.log(times[~fit]))
+        return replace(fitted, spread=conformal(errors))
+
+    def _fitted(self, rows: Sequence[Row], times: Numbers) -> Self:
+        """Prior and trees; no trees where there are few rows."""
+        counts = np.stack([work(row, self.constants) for row in rows])
+        kinds = np.array([kind_of(row) for row in rows])
+        prior = {ALL: tuple(non_negative(counts, times))}
+        for kind in dict.fromkeys(kinds.tolist()):
+            weight = np.where(kinds == kind, 1.0, ELSEWHERE)
+            prior[kind] = tuple(non_negative(counts, times, weight))
+        made = replace(self, prior=prior, trees=(), spread=math.inf)
+        if len(rows) < LEAST:
+            return made
+        base = made._prior(rows)
+        x = features(rows, base, self.constants)
+        target = np.log(times) - SHARE * np.log(base)
+        data = xgboost.DMatrix(x, label=target)
+        constraints = "(" + ",".join(map(str, CONSTRAINTS)) + ")"
+        trees = []
+        for seed in range(BAGS):
+            settings = {
+                **SETTINGS,
+                "seed": seed,
+                "monotone_constraints": constraints,
+                "base_score": float(np.median(target)),
+            }
+            raw = xgboost.train(settings, data, ROUNDS).save_raw("json")
+            trees.append(json.dumps(json.loads(bytes(raw))))
+        return replace(made, trees=tuple(trees))
+
+    def fit_profiles(self, profiles: Sequence[ProfileRow]) -> Self:
+        """A model of whole networks on top of the one of kernels; the same where there are none."""
+        names = [p.network for p in profiles]
+        if len(set(names)) < 2:
+            return self
+        parts = np.stack([self._parts(p.layers, p.rest) for p in profiles])
+        times = np.array([p.seconds.p50_s for p in profiles])
+        errors = np.zeros(len(times))
+        for name in set(names):  # each network is left out once
+            out = np.array([n == name for n in names])
+            weights = np.array(non_negative(parts[~out], times[~out]))
+            errors[out] = np.abs(np.log(np.maximum(1e-12, parts[out] @ weights) / times[out]))
+        found = tuple(non_negative(parts, times))
+        return replace(self, network=found, network_spread=conformal(errors))
+
+    def _parts(self, layers: Sequence[Row], rest: Work) -> Numbers:
+        """(seconds of the layers one by one, layers, float32 multiply-adds, bytes, calls, 1)."""
+        threads = layers[0].threads if layers else 1
+        inside = math.fsum(self.predict(layers))
+        shared = (rest.f32_macs / threads, rest.bytes_moved / threads)
+        return np.array([inside, len(layers), *shared, rest.calls, 1.0])
+
+    def predict(self, rows: Sequence[Row]) -> list[float]:
+        """Seconds of each row."""
+        if not rows:
+            return []
+        base = self._prior(rows)
+        if not self.trees:
+            return [float(t) for t in base]
+        x = xgboost.DMatrix(features(rows, base, self.constants))
+        each = [_booster(text).predict(x, output_margin=True).astype(float) for text in self.trees]
+        return [float(t) for t in np.exp(np.mean(each, axis=0) + SHARE * np.log(base))]
+
+    def predict_interval(self, rows: Sequence[Row]) -> list[tuple[float, float]]:
+        """Seconds between which `COVERAGE` of new kernels of the measured kinds lie."""
+        factor = math.exp(self.spread)
+        return [(t / factor, t * factor) for t in self.predict(rows)]
+
+    def predict_rest(self, work: Work, threads: int = 1) -> float:
+        """Seconds of what is not elastic, and of the call."""
+        if not self.network:
+            return RooflineModel(self.constants).predict_rest(work, threads)
+        _, _, mac, byte, call, one = self.network
+        busy = (mac * work.f32_macs + byte * work.bytes_moved) / threads
+        return busy + call * work.calls + one
+
+    def predict_network(self, layers: Sequence[Row], rest: Work) -> float:
+        """Seconds of one call of a network: layers, what is between them, and the call."""
+        parts = self._parts(layers, rest)
+        if not self.network:
+            return float(parts[0]) + self.predict_rest(rest, layers[0].threads if layers else 1)
+        return float(parts @ np.array(self.network))
+
+    def predict_network_interval(self, layers: Sequence[Row], rest: Work) -> tuple[float, float]:
+        """Seconds between which `COVERAGE` of new networks of the measured families lie."""
+        seconds, factor = self.predict_network(layers, rest), math.exp(self.network_spread)
+        return seconds / factor, seconds * factor
+
+    def _prior(self, rows: Sequence[Row]) -> Numbers:
+        """Seconds by the roofline; 4 bits never take longer than 8, so that bits are monotone."""
+        return np.array([self._prior_of(row) for row in rows])
+
+    def _prior_of(self, row: Row) -> float:
+        seconds = self._weighed(row)
+        if row.format.bits == 4:
+            return min(seconds, self._weighed(replace(row, format=replace(row.format, bits=8))))
+        return seconds
+
+    def _weighed(self, row: Row) -> float:
+        if not self.prior:
+            return RooflineModel(self.constants).predict([row])[0]
+        weights = self.prior.get(kind_of(row), self.prior[ALL])
+        return max(1e-9, float(work(row, self.constants) @ np.array(weights)))
+
+    def check(self, device: Device) -> None:
+        """Make sure that predictions mean something on a device; threads may differ.
+
+        Raises:
+            CostModelError: It was measured on another device, or with another version of the
+                libraries that make and run kernels.
+        """
+        if self.device is None:
+            return
+        if differ := self.device.differences(replace(device, threads=self.device.threads)):
+            raise CostModelError(
+                f"this cost model is stale here: it was measured with {'; '.join(differ)}. Measure "
+                "again with `t3c measure` and fit with `t3c fit`"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write one JSON file with its own SHA-256; trees are XGBoost's JSON."""
+        document = {
+            "schema": SCHEMA,
+            "model": "learned",
+            "constants": asdict(self.constants),
+            "device": None if self.device is None else self.device.to_json(),
+            "prior": {kind: list(weights) for kind, weights in self.prior.items()},
+            "network": list(self.network),
+            "spread": _number(self.spread),
+            "network_spread": _number(self.network_spread),
+            "trees": [json.loads(text) for text in self.trees],
+        }
+        write_atomic(path, json.dumps({**document, "sha256": _digest(document)}).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a model back.
+
+        Raises:
+            CostModelError: No learned model, damaged, or newer than this reader.
+        """
+        try:
+            document = json.loads(path.read_text())
+            kind, digest = document.get("model"), document.pop("sha256", None)
+        except (OSError, ValueError, AttributeError) as error:
+            raise CostModelError(f"{path}: no readable cost model: {error}") from error
+        if kind != "learned":
+            raise CostModelError(f"{path} holds a {kind!r} cost model, not a learned one")
+        if document["schema"] > SCHEMA:
+            raise CostModelError(
+                f"{path} has schema {document['schema']}; this version reads up to {SCHEMA}: "
+                "read it with the version of t3c that wrote it, or a newer one"
+            )
+        if digest != _digest(document):
+            raise CostModelError(f"{path} is damaged: its hash does not fit; fit the model again")
+        constants = {**document["constants"], "tile": tuple(document["constants"]["tile"])}
+        device = document["device"]
+        return cls(
+            Roofline(**constants),
+            None if device is None else Device.from_json(device),
+            {kind: tuple(weights) for kind, weights in document["prior"].items()},
+            tuple(json.dumps(tree) for tree in document["trees"]),
+            tuple(document["network"]),
+            _infinite(document["spread"]),
+            _infinite(document["network_spread"]),
+        )
+
+
+def conformal(errors: NDArray[np.float64], coverage: float = COVERAGE) -> float:
+    """The ceil((n + 1) coverage)-th smallest of n errors; infinite where there are too few."""
+    place = math.ceil((len(errors) + 1) * coverage - 1e-9)
+    return float(np.sort(errors)[place - 1]) if place <= len(errors) else math.inf
+
+
+@lru_cache(maxsize=64)
+def _booster(text: str) -> Any:
+    booster = xgboost.Booster({"nthread": 1})
+    booster.load_model(bytearray(text.encode()))
+    return booster
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _number(value: float) -> float | None:
+    return None if math.isinf(value) else value
+
+
+def _infinite(value: float | None) -> float:
+    return math.inf if value is None else float(value)
