@@ -34,6 +34,7 @@ from t3c.codegen.tools import require
 from t3c.codegen.tune.network import operators, tune
 from t3c.codegen.tune.search import RECORDS
 from t3c.controller.costs import check as check_objective
+from t3c.controller.inversions import inversions
 from t3c.controller.plan import SECONDS, Plan, plan
 from t3c.controller.statistics import correct
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
@@ -275,6 +276,7 @@ def lower(
     if domain is not None and any(elastic.corrections(p.formats) for p in chosen.chain):
         elastic.forget_corrections()  # the bounds do not know them
         notes.add("means and variances are again what cutting left of them: proofs know no others")
+    chosen = _observed(elastic, chosen, held, notes, progress)
     tuned = _tuned(elastic, chosen, spec, tune_minutes, tune_folder, notes, progress)
     bench = Bench(elastic, spec, batches, calls, threads, notes, progress)
     with tempfile.TemporaryDirectory() as scratch:
@@ -286,13 +288,14 @@ def lower(
             if judged.chain != chosen.chain:
                 notes.add(_lost(chosen, judged))
                 _corrected(elastic, chosen, judged, fitted, plan_seconds)
+                judged = _observed(elastic, judged, held, notes, progress)
                 built = _build(elastic, judged, spec, progress, tuned)
                 manifest = _manifest(elastic, judged, built, spec, batches)
                 manifest, session = bench.prove(manifest, built, Path(scratch) / "second")
             chosen = judged
         if session is not None and calls:
             manifest = bench.timed(manifest, session)
-        manifest = _certified(manifest, elastic, chosen, fitted, held, progress)
+        manifest = _certified(manifest, elastic, chosen, fitted, progress)
         if domain is not None:
             proven = sound_certify(elastic, manifest.chain, domain)
             manifest = _with_certificates(manifest, {p.name: p.certificate for p in proven})
@@ -414,6 +417,22 @@ def _lost(before: Plan, after: Plan) -> str:
     )
 
 
+def _observed(
+    elastic: ElasticModel,
+    chosen: Plan,
+    held: Sequence[Batch],
+    notes: Notes,
+    progress: Progress | None,
+) -> Plan:
+    """The plan with the observed drift of every profile, and none that a smaller one dominates."""
+    chain, drifts = observed.measured(elastic, chosen.chain, held, progress=progress)
+    if not (found := inversions(drifts)):
+        return replace(chosen, chain=chain)
+    notes.add(*map(str, found))
+    rest = chosen.without(found)
+    return replace(rest, chain=observed.certify(elastic, rest.chain, held, progress=progress))
+
+
 def _corrected(
     elastic: ElasticModel,
     before: Plan,
@@ -433,17 +452,15 @@ def _certified(
     elastic: ElasticModel,
     chosen: Plan,
     fitted: Sequence[Batch],
-    held: list[Batch],
     progress: Progress | None,
 ) -> Manifest:
-    """The manifest with the observed drift and the proxy of every profile."""
-    chain = observed.certify(elastic, manifest.chain, held, progress=progress)
+    """The manifest with the proxy of every profile."""
     damage = {
         site: {fmt: entry.damage for fmt, entry in row.items()}
         for site, row in chosen.table.entries.items()
     }
     meter = Meter(elastic, fitted[:PROXY_INPUTS], seconds=PROXY_SECONDS, damage=damage)
-    chain = with_proxies(chain, proxies(meter, chain, progress))
+    chain = with_proxies(manifest.chain, proxies(meter, manifest.chain, progress))
     return _with_certificates(manifest, {p.name: p.certificate for p in chain})
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from t3c.certificate.outputs import Batch, float_outputs, is_scores, norms, samples_in
@@ -55,9 +56,31 @@ def certify(
     Raises:
         CertificateError: As `observed`.
     """
+    return measured(elastic, chain, batches, progress=progress)[0]
+
+
+def measured(
+    elastic: ElasticModel,
+    chain: ProfileChain,
+    batches: Sequence[Batch],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[ProfileChain, dict[str, NDArray[np.float64]]]:
+    """As `certify`, and the drift from the original on every input, by profile.
+
+    Args:
+        elastic: The model.
+        chain: Its profiles.
+        batches: Flat inputs, as the graph takes them.
+        progress: Told (what, done, total) after each profile; None: nobody.
+
+    Raises:
+        CertificateError: As `observed`.
+    """
     original = _original(elastic, batches)
     largest = _outputs(elastic, chain.profiles[-1].formats, batches)
     made = []
+    each: dict[str, NDArray[np.float64]] = {}
     for done, profile in enumerate(chain):
         if progress is not None:
             progress("observing drift", done, len(chain))
@@ -65,9 +88,10 @@ def certify(
         teacher = _drifts(largest, drifted, batches)
         seen = _observed(_drifts(original, drifted, batches), batches, drifted, teacher)
         made.append(replace(profile, certificate=replace(profile.certificate, observed=seen)))
+        each[profile.name] = _distances(original, drifted, batches)
     if progress is not None:
         progress("observing drift", len(chain), len(chain))
-    return ProfileChain(tuple(made))
+    return ProfileChain(tuple(made)), each
 
 
 def _original(elastic: ElasticModel, batches: Sequence[Batch]) -> list[list[Tensor]]:
@@ -89,17 +113,28 @@ def _outputs(
         return [float_outputs(elastic.graph(*batch)) for batch in batches]
 
 
+def _distances(
+    reference: list[list[Tensor]], drifted: list[list[Tensor]], batches: Sequence[Batch]
+) -> NDArray[np.float64]:
+    """L2 distance of the outputs on every input."""
+    return np.concatenate(
+        [
+            norms([b - a for b, a in zip(before, after, strict=True)], samples_in(batch, before))
+            for batch, before, after in zip(batches, reference, drifted, strict=True)
+        ]
+    )
+
+
 def _drifts(
     reference: list[list[Tensor]], drifted: list[list[Tensor]], batches: Sequence[Batch]
 ) -> Drifts:
-    drifts, sizes, flips = [], [], []
+    sizes, flips = [], []
     for batch, before, after in zip(batches, reference, drifted, strict=True):
         split = samples_in(batch, before)
-        drifts.append(norms([b - a for b, a in zip(before, after, strict=True)], split))
         sizes.append(norms(before, split))
         if is_scores(before, split):
             flips.append((before[0].argmax(1) != after[0].argmax(1)).numpy())
-    drift, norm = np.concatenate(drifts), np.concatenate(sizes)
+    drift, norm = _distances(reference, drifted, batches), np.concatenate(sizes)
     if not np.isfinite(drift).all():
         raise CertificateError(
             "a profile's outputs are not finite; raise its ranks, or leave the profile out"

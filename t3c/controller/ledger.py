@@ -14,7 +14,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -346,19 +346,23 @@ def _weights(elastic: ElasticModel) -> Iterator[Tensor | str]:
 def _codes(elastic: ElasticModel, menu: Mapping[str, Sequence[Format]]) -> Iterator[Tensor | str]:
     """Integers, scales and grids that the formats of the menu run on."""
     for site, formats in menu.items():
-        made = elastic.codes(site, formats)
-        for name in sorted(made.__dataclass_fields__):
-            value = getattr(made, name)
-            yield f"{site} {name}"
-            match value:
-                case None:
-                    continue
-                case np.ndarray():
-                    yield torch.from_numpy(value)
-                case dict():
-                    yield from (f"{k} {value[k]}" for k in sorted(value))
-                case _:
-                    yield torch.from_numpy(value.q)
-                    yield torch.from_numpy(value.scale)
+        yield site
+        yield from _parts(elastic.codes(site, formats))
     for name, snap in elastic.snaps.items():
         yield f"{name} {snap.grid}"
+
+
+def _parts(value: object) -> Iterator[Tensor | str]:
+    """Every array and number in a value of dataclasses and mappings, with its name."""
+    if isinstance(value, np.ndarray):
+        yield torch.from_numpy(np.ascontiguousarray(value))
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            yield str(key)
+            yield from _parts(value[key])
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield part.name
+            yield from _parts(getattr(value, part.name))
+    else:
+        yield repr(value)

@@ -22,6 +22,7 @@ from t3c.controller.calibrate import (
 from t3c.controller.costs import ENERGY, check, has_four_bits, storage_bytes
 from t3c.controller.damage import DamageTable, Menu, measure
 from t3c.controller.grids import fit_grids
+from t3c.controller.inversions import Inversion
 from t3c.controller.ledger import verify
 from t3c.controller.options import COUNTED, SHARES, gate
 from t3c.controller.progress import Progress, silent
@@ -99,6 +100,18 @@ class Plan:
             for _, formats in settled
         ]
         return replace(self, gate=rows, **_chain(plans, rows, self.sites, self.fixed))
+
+    def without(self, inverted: Sequence[Inversion]) -> "Plan":
+        """The plan without profiles that drift more than a smaller one; it says so in its notes.
+
+        Args:
+            inverted: What was found where the drift of every profile was observed.
+        """
+        lost = {found.larger for found in inverted}
+        kept = tuple(p for p in self.chain if p.name not in lost)
+        drift = {name: d for name, d in self.drift.items() if name not in lost}
+        notes = (*self.notes, *map(str, inverted))
+        return replace(self, chain=ProfileChain(kept), drift=drift, notes=notes)
 
 
 def plan(
