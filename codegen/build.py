@@ -42,6 +42,7 @@ class BuiltProfile:
         activation_bytes: Bytes of the planned activation memory of one call.
         arena_bytes: Bytes of the arena that it takes; None: a function of TVM's virtual machine,
             which allocates.
+        reads: Tensor name -> bytes that it reads at the front, where it does not read the rest.
     """
 
     function: str
@@ -49,6 +50,7 @@ class BuiltProfile:
     storage_bytes: int
     activation_bytes: int
     arena_bytes: int | None = None
+    reads: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,7 @@ def _native(
             storage_bytes=_storage(store, program.weights, formats),
             activation_bytes=layout.arena_bytes + sum(v.buffer.bytes for v in program.outputs),
             arena_bytes=layout.arena_bytes,
+            reads=_reads(store, program.weights, formats),
         )
     shipped = (machine_code.kernels(kernels, target), machine_code.entries(texts, target))
     only = {name: f for name, f in probing.items() if name not in kernels}
@@ -285,3 +288,11 @@ def _storage(store: WeightStore, names: Sequence[str], formats: Mapping[str, For
     """Bytes of the tensors that one profile reads, factors cut to its ranks."""
     plain = sum(store.tensors[n].nbytes for n in names if ":" not in n)
     return plain + sum(store.bytes(site, fmt) for site, fmt in formats.items())
+
+
+def _reads(
+    store: WeightStore, names: Sequence[str], formats: Mapping[str, Format]
+) -> dict[str, int]:
+    """Tensors of a profile that it reads only the front of."""
+    known = {t: n for site, fmt in formats.items() for t, n in store.reads(site, fmt).items()}
+    return {name: known[name] for name in names if name in known}

@@ -245,7 +245,7 @@ class WeightStore:
     corrections: Mapping[str, Mapping[str, Correction]] = field(default_factory=dict)
     tensors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
     _parts: dict[tuple[str, str], Packed] = field(default_factory=dict)
-    _counted: dict[tuple[str, Format], int] = field(default_factory=dict)
+    _alone: dict[tuple[str, Format], dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def parameter(self, name: str, value: NDArray[np.generic]) -> str:
         """Keep a parameter that no site owns (an embedding, a norm's gain)."""
@@ -345,14 +345,33 @@ class WeightStore:
 
     def bytes(self, name: str, fmt: Format) -> int:
         """Bytes that a file with only this format of the site would hold: packed and counted."""
+        return sum(size for size, *_ in self._packed_alone(name, fmt).values())
+
+    def reads(self, name: str, fmt: Format) -> dict[str, int]:
+        """Tensor name -> bytes that the format reads at its front, where the rest is not read.
+
+        Kernels of one rank walk the outermost axis up to it: where only that axis of an array is
+        longer than of one packed for this rank alone, the rest belongs to larger ranks.
+        """
+        found = {}
+        for part, pack in self._packers(name, fmt):
+            for array, whole in self._part(name, part, pack).items():
+                tensor = f"{name}:{part}.{array}"
+                size, *shape = self._packed_alone(name, fmt)[tensor]
+                if size < whole.nbytes and tuple(shape[1:]) == whole.shape[1:]:
+                    found[tensor] = size
+        return found
+
+    def _packed_alone(self, name: str, fmt: Format) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> (bytes, *shape) of arrays that are packed for this format alone."""
         key = (name, fmt)
-        if key not in self._counted:
-            self._counted[key] = sum(
-                value.nbytes
-                for _, pack in self._packers(name, fmt, exact=True)
-                for value in pack().values()
-            )
-        return self._counted[key]
+        if key not in self._alone:
+            self._alone[key] = {
+                f"{name}:{part}.{array}": (value.nbytes, *value.shape)
+                for part, pack in self._packers(name, fmt, exact=True)
+                for array, value in pack().items()
+            }
+        return self._alone[key]
 
 
 def _pack(step: Step, conv: AbstractConvKernels, *, exact: bool) -> Packed:

@@ -22,8 +22,10 @@ from t3c.core.errors import (
 
 if TYPE_CHECKING:
     from t3c.api import certify, elasticize, lower
+    from t3c.runtime.export import export
     from t3c.runtime.governor import Governor, govern
     from t3c.runtime.session import Session, load
+    from t3c.runtime.transfer import pack, unpack
 
 __all__ = [
     "Artifact",
@@ -41,15 +43,21 @@ __all__ = [
     "TargetError",
     "certify",
     "elasticize",
+    "export",
     "govern",
     "load",
     "lower",
+    "pack",
+    "unpack",
 ]
 
 _LAZY = {
     "certify": "t3c.api",
     "elasticize": "t3c.api",
     "lower": "t3c.api",
+    "export": "t3c.runtime.export",
+    "pack": "t3c.runtime.transfer",
+    "unpack": "t3c.runtime.transfer",
     "govern": "t3c.runtime.governor",
     "Governor": "t3c.runtime.governor",
     "load": "t3c.runtime.session",

@@ -602,7 +602,13 @@ def _manifest(
         ram = sum(built.tensors[n].nbytes for n in made.weights) + made.activation_bytes
         counted = replace(profile, storage_bytes=made.storage_bytes, ram_bytes=ram)
         compiled.append(
-            CompiledProfile(counted, made.function, made.weights, arena_bytes=made.arena_bytes)
+            CompiledProfile(
+                counted,
+                made.function,
+                made.weights,
+                arena_bytes=made.arena_bytes,
+                reads=made.reads,
+            )
         )
     with torch.inference_mode():
         outputs = elastic.graph(*elastic.example_inputs)

@@ -1,4 +1,4 @@
-"""The command line: t3c lower, run, plan, inspect, certify, bench, measure, fit, doctor."""
+"""The command line: lower, run, plan, inspect, export, pack, certify, bench, measure, doctor."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -32,6 +32,9 @@ from t3c.core.explain import Explanation, explain
 from t3c.core.manifest import Manifest
 from t3c.core.structure import flatten
 from t3c.report import tables
+from t3c.runtime import transfer
+from t3c.runtime.export import export as export_profiles
+from t3c.runtime.storage import storage
 
 EXIT_CODES = """
 Exit codes: 0 ok, 1 failed, 2 wrong usage or input, 3 no profile fits the budget, 4 library and
@@ -370,6 +373,9 @@ def inspect(
     certificates: Annotated[
         bool, typer.Option("--certificates", help="Bounds, draws, shifted data, labels.")
     ] = False,
+    stored: Annotated[
+        bool, typer.Option("--storage", help="Bytes that each profile reads of the weights.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -389,10 +395,58 @@ def inspect(
         if certificates:
             shown = tables.certificates(manifest.profiles)
             console.show(*(shown if shown else ("no certificate yet; see `t3c certify`",)))
+        if stored:
+            console.show(tables.storage(storage(found)))
         console.show(tables.conversion(manifest.report))
         for text in () if quiet else manifest.assumptions:
             console.show(f"assumed {text}")
         console.data(manifest.to_json())
+
+
+@app.command(epilog=EXIT_CODES)
+def export(
+    artifact: Folder,
+    profile: Annotated[list[str], typer.Option(help="A profile to keep; may be given again.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the small artifact.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write an artifact with some of the profiles and the weights that they read. Needs no TVM."""
+    with command(as_json, quiet, debug) as console:
+        small = export_profiles(artifact, profile, out)
+        console.show(tables.storage(storage(small), f"Weights of {small.path}"))
+        console.data({"artifact": str(small.path), "weight_bytes": small.weights.stat().st_size})
+
+
+@app.command(epilog=EXIT_CODES)
+def pack(
+    artifact: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The archive, a zip file.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress an artifact into one file for transfer; see both byte counts."""
+    with command(as_json, quiet, debug) as console:
+        rows = transfer.pack(artifact, out)
+        console.show(tables.packed(rows, f"{out}"))
+        console.data({"archive": str(out), "files": [asdict(row) for row in rows]})
+
+
+@app.command(epilog=EXIT_CODES)
+def unpack(
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="What `t3c pack` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the artifact.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the artifact that an archive holds, every file checked by its hash."""
+    with command(as_json, quiet, debug) as console:
+        found = transfer.unpack(archive, out)
+        console.show(f"{found.path}: {found.manifest}")
+        console.data({"artifact": str(found.path)})
 
 
 @app.command(epilog=EXIT_CODES)

@@ -152,6 +152,7 @@ class CompiledProfile:
         arena_bytes: Scratch memory that a call takes, aligned to 64 bytes; None (CUDA, and every
             artifact of schema 1): a function of TVM's virtual machine, which allocates, (inputs...,
             tuple of weights) -> outputs.
+        reads: Tensor name -> bytes at its front that the function reads, where it reads no more.
     """
 
     profile: Profile
@@ -159,6 +160,7 @@ class CompiledProfile:
     weights: tuple[str, ...]
     parity: Parity | None = None
     arena_bytes: int | None = None
+    reads: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +355,7 @@ def _profile_to_json(compiled: CompiledProfile) -> dict[str, Any]:
         "parity": None if compiled.parity is None else asdict(compiled.parity),
         "formats": {site: str(fmt) for site, fmt in p.formats.items()},
         "weights": list(compiled.weights),
+        "reads": dict(compiled.reads),
     }
 
 
@@ -373,7 +376,12 @@ def _profile_from_json(f: Fields) -> CompiledProfile:
         f.texts("weights"),
         f.optional("parity", lambda k: f.within(k, _parity_from_json)),
         f.optional("arena_bytes", f.whole),
+        f.optional("reads", lambda k: f.within(k, _reads_from_json)) or {},
     )
+
+
+def _reads_from_json(f: Fields) -> dict[str, int]:
+    return {name: f.whole(name) for name in f.data}
 
 
 def _timing_from_json(f: Fields) -> Timing:

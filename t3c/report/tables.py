@@ -12,6 +12,8 @@ from t3c.core.manifest import CompiledProfile
 from t3c.core.objective import Objective
 from t3c.core.profile import Profile, Timing
 from t3c.core.report import ConversionReport
+from t3c.runtime.storage import Storage
+from t3c.runtime.transfer import PackedFile
 
 UNKNOWN = "-"
 
@@ -309,6 +311,37 @@ def certificates(chain: Sequence[CompiledProfile]) -> list[Table]:
     if any(f.labels for f in found):
         made.append(labels(chain))
     return made
+
+
+def storage(found: Storage, title: str = "Bytes of the weight file") -> Table:
+    """One row per profile, and one for what the largest does not read."""
+    table = _table(title, ("profile",), ("alone", "reads", "front of file", "share"))
+    for row in found.profiles:
+        table.add_row(
+            row.name,
+            f"{row.alone:,}",
+            f"{row.reads:,}",
+            f"{row.front:,}",
+            f"{row.front / found.file:.0%}",
+        )
+    table.add_section()
+    more = sum(found.duplicates.values())
+    table.add_row(
+        f"not in {found.profiles[-1].name}", "", f"{more:,}", "", f"{more / found.file:.0%}"
+    )
+    table.add_row("whole file", "", "", f"{found.file:,}", "")
+    return table
+
+
+def packed(rows: Sequence[PackedFile], title: str = "Packed for transfer") -> Table:
+    """One row per file with both byte counts, and the sum."""
+    table = _table(title, ("file",), ("bytes", "packed", "share"))
+    total = PackedFile("all", sum(r.bytes for r in rows), sum(r.packed for r in rows))
+    for row in (*rows, total):
+        table.add_row(
+            row.path, f"{row.bytes:,}", f"{row.packed:,}", f"{row.packed / max(1, row.bytes):.0%}"
+        )
+    return table
 
 
 def plain(rows: Sequence[Mapping[str, object]], title: str = "") -> Table:

@@ -29,7 +29,8 @@ def write(
         out: The folder; an artifact that stands there is replaced.
         manifest: Everything but `files`, which is filled in here.
         library: The linked shared library, its path or content; copied to `manifest.library`.
-        tensors: Every tensor that a profile names; all are stored.
+        tensors: Every tensor that a profile names; all are stored, those of small profiles first,
+            so that a small profile touches the front of the file.
         extra: More files, relative path -> content, for example ``report.html``.
 
     Raises:
@@ -45,7 +46,8 @@ def write(
             target.write_bytes(library)
         else:
             shutil.copyfile(library, target)
-        weights.write(folder / WEIGHTS, tensors)
+        needed = {name: tensors[name] for c in manifest.profiles for name in c.weights}
+        weights.write(folder / WEIGHTS, {**needed, **tensors})
         (folder / "run.py").write_text(RUN_PY)
         (folder / "run.cc").write_text(RUN_CC)
         for name, content in (extra or {}).items():

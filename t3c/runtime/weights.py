@@ -77,6 +77,11 @@ class Weights(Mapping[str, Array]):
 
     The mapping is private (copy on write): what lies on disk cannot change through a view, and the
     views count as writable, which DLPack asks for.
+
+    Attributes:
+        path: The file.
+        metadata: What the header says of the file.
+        begins: Tensor name -> bytes of data in front of it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -108,6 +113,7 @@ class Weights(Mapping[str, Array]):
             )
         self._start = 8 + length
         self._views: dict[str, Array] = {}
+        self.begins: dict[str, int] = {}
         end = 0
         names = [name for name in fields.data if name != "__metadata__"]
         for name in sorted(names, key=lambda n: fields.within(n, _offsets)):
@@ -122,6 +128,7 @@ class Weights(Mapping[str, Array]):
             raise ArtifactError(f"{self.path}: {name}: offsets {begin} to {end} do not fit {shape}")
         if self._start + end > len(self._pages):
             raise ArtifactError(f"{self.path}: {name}: ends behind the end of the file")
+        self.begins[name] = begin
         flat: Array = np.frombuffer(self._pages, dtype, count, self._start + begin)
         self._views[name] = flat.reshape(shape)
         return end
