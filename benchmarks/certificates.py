@@ -31,6 +31,7 @@ GLYPHS = 1024
 BATCH = 32
 """Images of a call."""
 SPLITS = 400
+SINGLE_SPLITS = 40
 LEVELS = (0.9, 0.95, 0.99)
 OTHERS = ("numpy", "torch", "networkx", "transformers", "matplotlib", "onnx", "rich")
 """Packages whose docstrings stand for another domain."""
@@ -48,6 +49,7 @@ class Case:
         scores: Calls for the bounds, in an order that was drawn.
         shifted: Name -> calls of another kind.
         gains: How many calibration calls the proxies see.
+        dense: Layers that stay dense in a second count of the proxies.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Case:
     scores: Sequence[Any]
     shifted: Mapping[str, Sequence[Any]]
     gains: int
+    dense: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -132,6 +135,7 @@ def glyphs(held: int, scores: int) -> Case:
         bounded,
         {"noise": noisy, "slanted": slanted, "validation fonts": fonts},
         3,
+        ("head",),
     )
 
 
@@ -159,7 +163,7 @@ def run(kind: str, held: int, scores: int, seconds: float, out: Path) -> None:
         f"--scores {scores}",
         "model": case.name,
         "machine": describe(),
-        "proxies": proxies(elastic, found, flat, unseen, seconds, case.gains),
+        "proxies": proxies(elastic, found, flat, unseen, seconds, case),
     }
     show(result["proxies"])
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +189,7 @@ def proxies(
     flat: Sequence[Any],
     unseen: Sequence[Any],
     seconds: float,
-    gains: int,
+    case: Case,
 ) -> dict[str, Any]:
     """Every proxy against mean observed drift, over chain, uniform and mixed plans."""
     import torch
@@ -211,9 +215,14 @@ def proxies(
             else r[1 + int(torch.randint(len(r) - 1, (1,), generator=draw))]
             for s, r in menu.items()
         }  # fmt: skip
+    whole = list(plans)
+    for name in whole if case.dense else ():
+        formats = plans[name] | dict.fromkeys(case.dense, Dense(8))
+        if formats not in plans.values():
+            plans[f"{name}, {', '.join(case.dense)} dense"] = formats
     corrected = correct(elastic, plans.values(), flat)
     start = time.monotonic()
-    meter = Meter(elastic, flat[:gains], seconds=seconds, damage=damage)
+    meter = Meter(elastic, flat[: case.gains], seconds=seconds, damage=damage)
     gains_s = time.monotonic() - start
     rows, per_plan = [], []
     for name, formats in plans.items():
@@ -224,17 +233,26 @@ def proxies(
         totals = {variant: total for variant, (total, _) in against.totals.items()}
         rows.append({"plan": name, "observed": drift.mean, "p95": drift.p95, **totals})
     variants = [k for k in rows[0] if k not in ("plan", "observed", "p95")]
-    seen = [row["observed"] for row in rows]
+
+    def counted(names: Sequence[str]) -> dict[str, Any]:
+        some = [row for row in rows if row["plan"] in names]
+        seen = [row["observed"] for row in some]
+        return {v: agreement([row[v] for row in some], seen) for v in variants}
+
+    others = [n for n, f in plans.items() if all(f[s] == Dense(8) for s in case.dense)]
     return {
-        "plans": len(rows),
+        "plans": len(whole),
         "menu_depth": depth,
         "held_out": len(unseen),
-        "distinct_plans": len({frozenset(f.items()) for f in plans.values()}),
+        "distinct_plans": len({frozenset(plans[n].items()) for n in whole}),
         "batches_of_corrections": corrected,
         "gains_seconds": gains_s,
         "sites_measured": len(meter.gains.measured),
         "seconds_per_plan": sorted(per_plan)[len(per_plan) // 2],
-        "variants": {v: agreement([row[v] for row in rows], seen) for v in variants},
+        "variants": counted(whole),
+        "kept_dense": list(case.dense),
+        "plans_with_them_dense": len(others) if case.dense else None,
+        "variants_with_them_dense": counted(others) if case.dense else None,
         "rows": rows,
     }
 
@@ -263,8 +281,10 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
     from t3c.certificate.calibrated import conformal_bound
     from t3c.certificate.library import library_scores
 
-    scores = library_scores(session, case.model, case.scores).original
-    shifted = {n: library_scores(session, case.model, c).original for n, c in case.shifted.items()}
+    whole = library_scores(session, case.model, case.scores)
+    scores = whole.original
+    others = {n: library_scores(session, case.model, c) for n, c in case.shifted.items()}
+    shifted = {n: other.original for n, other in others.items()}
     random = np.random.default_rng(0)
     rows = []
     for name, drift in scores.items():
@@ -292,6 +312,7 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
                     }
                     for kind, other in shifted.items()
                 },
+                "per_input": single(whole, others, name, random),
             }
         )
     first = next(iter(scores))
@@ -300,6 +321,41 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
         "shifted_inputs": {kind: len(other[first]) for kind, other in shifted.items()},
         "splits": SPLITS,
         "profiles": rows,
+    }
+
+
+def single(whole: Any, others: Mapping[str, Any], name: str, random: Any) -> dict[str, Any]:
+    """The same of bounds for each input: coverage, bound over drift, other data."""
+    import numpy as np
+
+    from t3c.certificate.scaled import per_input
+
+    seen, drift = whole.features[name], whole.original[name]
+    half = len(drift) // 2
+    cover: dict[float, list[float]] = {level: [] for level in LEVELS}
+    ratios = []
+    for _ in range(SINGLE_SPLITS):
+        order = random.permutation(len(drift))
+        fit, test = order[:half], order[half:]
+        made = per_input(seen[fit], drift[fit], LEVELS)
+        predicted = made.predicted(seen[test])
+        for level, factor in zip(LEVELS, made.factors, strict=True):
+            cover[level].append(float((drift[test] <= factor * predicted).mean()))
+        ratios.append(float(np.median(made.factors[0] * predicted / drift[test])))
+    made = per_input(seen, drift, LEVELS)
+    return {
+        "splits": SINGLE_SPLITS,
+        "coverage": {str(v): float(np.mean(cover[v])) for v in LEVELS},
+        "median_bound_over_observed": float(np.median(ratios)),
+        "shifted_coverage": {
+            kind: {
+                str(v): float(
+                    (other.original[name] <= f * made.predicted(other.features[name])).mean()
+                )
+                for v, f in zip(LEVELS, made.factors, strict=True)
+            }
+            for kind, other in others.items()
+        },
     }
 
 
@@ -332,7 +388,14 @@ def other_texts(limit: int) -> list[str]:
 def show(found: Mapping[str, Any]) -> None:
     """A line for every variant."""
     print(f"{found['plans']} plans, {found['held_out']} held-out calls")
-    for name, row in found["variants"].items():
+    _lines(found["variants"])
+    if found["kept_dense"]:
+        print(f"{found['plans_with_them_dense']} plans with {found['kept_dense']} dense")
+        _lines(found["variants_with_them_dense"])
+
+
+def _lines(variants: Mapping[str, Any]) -> None:
+    for name, row in variants.items():
         low, high = row["interval"]
         print(
             f"{name:18} Pearson {row['pearson']:.3f} [{low:.3f}, {high:.3f}]  "

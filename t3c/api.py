@@ -25,6 +25,7 @@ from t3c.certificate.labels import label_effects
 from t3c.certificate.library import library_scores
 from t3c.certificate.proxy import Meter, proxies, with_proxies
 from t3c.certificate.remarks import on_bounds, on_labels
+from t3c.certificate.scaled import per_input
 from t3c.certificate.sound import Domain
 from t3c.certificate.sound import certify as sound_certify
 from t3c.codegen.build import Built, build
@@ -327,7 +328,8 @@ def certify(
     The bounds hold for new inputs that are exchangeable with these: drawn alike, and used neither
     for calibration nor for training. Disjoint thirds of the inputs show how much the bounds spread.
     Where the model has one output [inputs, classes], changed labels, confidence and its calibration
-    are counted too. All of it goes into the manifest, which is replaced whole.
+    are counted too. From 200 inputs on, outputs are learned to tell how far each of them may be off
+    (`Session.drift_bound`). All of it goes into the manifest, which is replaced whole.
 
     Args:
         artifact: Folder of an artifact that runs on this machine, or what `lower` returned.
@@ -340,7 +342,7 @@ def certify(
         say: Told every remark, a line each; None: standard error.
 
     Returns:
-        The artifact with `certificate.calibrated` and `certificate.labels` of every profile.
+        The artifact with `calibrated`, `labels` and `per_input` in every profile's certificate.
 
     Raises:
         CertificateError: No inputs, outputs that are not finite or do not match the library's, or
@@ -377,7 +379,12 @@ def certify(
         lines += on_labels(effects, classes.count)
     Notes(say).add(*lines)
     certificates = {
-        name: replace(certificate, calibrated=found[name], labels=effects.get(name))
+        name: replace(
+            certificate,
+            calibrated=found[name],
+            labels=effects.get(name),
+            per_input=per_input(scores.features[name], scores.original[name], levels),
+        )
         for name, certificate in before.items()
     }
     manifest = _with_certificates(session.manifest, certificates)

@@ -538,6 +538,17 @@ def labelled_and_shifted(artifact: Artifact, model: nn.Module, inputs: list[Any]
         assert [c.level for c in one.labels.checked] == [0.8, 0.9]
         assert all(d.accuracy == d.agreement is not None for d in one.calibrated.draws)
     session = t3c.load(found)
+    with pytest.raises(CertificateError, match="run `t3c certify` on 200 held-out inputs"):
+        session.drift_bound(session(*inputs[0]))
+    many = [(torch.randn(inputs[0][0].shape),) for _ in range(150)]
+    session = t3c.load(t3c.certify(artifact, model, many, say=told.append))
+    for name in session.variants:
+        session.set_profile(name)
+        off = [(session(*args) - model(*args)).detach().norm(dim=1).numpy() for args in inputs]
+        most = [session.drift_bound(session(*args), 0.99) for args in inputs]
+        assert np.mean(np.array(off) <= np.array(most)) > 0.9
+        assert np.median(np.array(most) / np.array(off)) < 5
+    session = t3c.load(found)
     ninety = session.profiles[-1].certificate.calibrated
     assert ninety is not None
     limit = ninety.bounds[1].value

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from t3c.certificate.labels import Classes
 from t3c.certificate.outputs import F64, float_outputs, is_scores, norms, samples_in
 from t3c.core.errors import CertificateError
+from t3c.core.per_input import features
 
 Progress = Callable[[str, int, int], None]
 
@@ -33,12 +34,14 @@ class Scores:
     Attributes:
         original: Profile name -> [n] distances ||dz||_2 from the original; smallest profile first.
         teacher: The same from the largest profile.
+        features: Profile name -> [n, f], what its outputs say of each input.
         digests: SHA-256 of each input.
         classes: What becomes of labels; None where outputs are not class scores.
     """
 
     original: dict[str, F64]
     teacher: dict[str, F64]
+    features: dict[str, F64]
     digests: tuple[str, ...]
     classes: Classes | None
 
@@ -67,6 +70,7 @@ def library_scores(
     names = list(library.variants)
     original: dict[str, list[F64]] = {name: [] for name in names}
     teacher: dict[str, list[F64]] = {name: [] for name in names}
+    seen: dict[str, list[F64]] = {name: [] for name in names}
     digests: list[str] = []
     parts: list[Classes] = []
     with torch.inference_mode():
@@ -80,6 +84,7 @@ def library_scores(
             for name in names:
                 original[name].append(_distance(got[name], want, split))
                 teacher[name].append(_distance(got[name], got[names[-1]], split))
+                seen[name].append(features(got[name], split))
             digests += _digests(given, split)
             if is_scores(want, split):
                 parts.append(Classes.of(want[0], {name: y[0] for name, y in got.items()}))
@@ -88,6 +93,7 @@ def library_scores(
     return Scores(
         {name: np.concatenate(rows) for name, rows in original.items()},
         {name: np.concatenate(rows) for name, rows in teacher.items()},
+        {name: np.concatenate(rows) for name, rows in seen.items()},
         tuple(digests),
         Classes.joined(parts) if len(parts) == len(inputs) else None,
     )

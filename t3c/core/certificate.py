@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from t3c.core.per_input import PerInput
+
 PAPER = "operator-norm"
 """The proxy of the paper: sum over layers of L ||dW||_2 alpha."""
 MEASURED = "measured"
@@ -323,6 +325,8 @@ class Certificate:
         observed: Measured on held-out data.
         labels: Flips, confidence and calibration on the data behind `calibrated`; None where
             outputs are not class scores.
+        per_input: What bounds the drift of one input from its outputs, from the data behind
+            `calibrated`; None where those were too few.
     """
 
     proxy: Proxy | None = None
@@ -330,3 +334,4 @@ class Certificate:
     calibrated: Calibrated | None = None
     observed: Observed | None = None
     labels: Labels | None = None
+    per_input: PerInput | None = None

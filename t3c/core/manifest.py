@@ -36,6 +36,7 @@ from t3c.core.fields import Fields
 from t3c.core.formats import parse_format
 from t3c.core.gate import GateRow, Measured
 from t3c.core.objective import Objective, parse_objective
+from t3c.core.per_input import PerInput
 from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.report import ConversionReport, Outcome, Row
 from t3c.core.structure import Tree, leaves, problem
@@ -351,6 +352,7 @@ def _profile_to_json(compiled: CompiledProfile) -> dict[str, Any]:
             "calibrated": None if c.calibrated is None else _calibrated_to_json(c.calibrated),
             "observed": None if c.observed is None else asdict(c.observed),
             "labels": None if c.labels is None else asdict(c.labels),
+            "per_input": None if c.per_input is None else _per_input_to_json(c.per_input),
         },
         "parity": None if compiled.parity is None else asdict(compiled.parity),
         "formats": {site: str(fmt) for site, fmt in p.formats.items()},
@@ -401,6 +403,7 @@ def _certificate_from_json(f: Fields) -> Certificate:
         f.optional("calibrated", lambda k: f.within(k, _calibrated_from_json)),
         f.optional("observed", lambda k: f.within(k, _observed_from_json)),
         f.optional("labels", lambda k: f.within(k, _labels_from_json)),
+        f.optional("per_input", lambda k: f.within(k, _per_input_from_json)),
     )
 
 
@@ -575,6 +578,24 @@ def _margin_from_json(f: Fields) -> Margin:
 def _checked_from_json(f: Fields) -> Checked:
     level = f.optional("level", f.number)
     return Checked(level, f.number("certified"), f.number("flips"))
+
+
+def _per_input_to_json(found: PerInput) -> dict[str, Any]:
+    limits = {k: [_number(v) for v in getattr(found, k)] for k in ("factors", "ratios")}
+    return asdict(found) | limits
+
+
+def _per_input_from_json(f: Fields) -> PerInput:
+    return PerInput(
+        weights=f.numbers("weights"),
+        offset=f.number("offset"),
+        low=f.number("low"),
+        high=f.number("high"),
+        levels=f.numbers("levels"),
+        factors=f.limits("factors"),
+        ratios=f.limits("ratios"),
+        inputs=f.whole("inputs"),
+    )
 
 
 def _parity_from_json(f: Fields) -> Parity:

@@ -285,6 +285,18 @@ def labels(chain: Sequence[CompiledProfile], title: str = "Labels, against the o
     return table
 
 
+def per_input(
+    chain: Sequence[CompiledProfile], title: str = "Bounds for each input, from its outputs"
+) -> Table:
+    """One row per profile: the median of bound over drift at every level, and behind what data."""
+    known = [(c.profile.name, f) for c in chain if (f := c.profile.certificate.per_input)]
+    levels = known[0][1].levels if known else ()
+    table = _table(title, ("profile",), (*(f"{v:.0%} bound / drift" for v in levels), "inputs"))
+    for name, found in known:
+        table.add_row(name, *(number(r) for r in found.ratios), str(found.inputs))
+    return table
+
+
 def _bound_of(level: float | None) -> str:
     return "sound" if level is None else f"{level:.0%}"
 
@@ -310,6 +322,8 @@ def certificates(chain: Sequence[CompiledProfile]) -> list[Table]:
         made.append(shifted(chain))
     if any(f.labels for f in found):
         made.append(labels(chain))
+    if any(f.per_input for f in found):
+        made.append(per_input(chain))
     return made
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from t3c.core.artifact import Artifact
-from t3c.core.budget import Budget, DriftKind, Percentile, Selector
-from t3c.core.errors import ArtifactError, T3CError
+from t3c.core.budget import LEVEL, Budget, DriftKind, Percentile, Selector
+from t3c.core.errors import ArtifactError, CertificateError, T3CError
 from t3c.core.explain import Explanation, explain
 from t3c.core.manifest import CompiledProfile, Manifest, TensorSpec
 from t3c.core.probe import Probe, Trace
@@ -207,6 +207,34 @@ class Session:
             ValueError: An input has another shape, or is not contiguous.
         """
         return self._current(*args, **kwargs)
+
+    def drift_bound(self, outputs: Any, level: float = LEVEL, profile: str | None = None) -> Any:
+        """How far outputs may be from the original model's, for each input of the call.
+
+        Args:
+            outputs: What a call returned.
+            level: Share of inputs that it holds for; one that the artifact was certified at.
+            profile: Which profile was called; None: the one that the next call runs.
+
+        Returns:
+            Bounds on ||dz||_2, numpy float64 [inputs of the call].
+
+        Raises:
+            CertificateError: The profile has no such certificate, or another level.
+            T3CError: No such profile.
+        """
+        chosen = (self._current if profile is None else self._named(profile)).profile
+        if (found := chosen.certificate.per_input) is None:
+            raise CertificateError(
+                f"profile {chosen.name!r} has no bound for single inputs; run `t3c certify` on 200 "
+                "held-out inputs or more"
+            )
+        flat = flatten(self.manifest.output_tree, outputs, "outputs")
+        pairs = zip(self.manifest.outputs, flat, strict=True)
+        floats = [np.asarray(y) for spec, y in pairs if spec.dtype.startswith("float")]
+        first = self.manifest.inputs[0].shape[:1]
+        whole = all(y.shape[:1] == first for y in floats)
+        return found.bound(floats, level, first[0] if first and whole else 1)
 
     def benchmark(
         self, profile: str, inputs: Sequence[Any] | Mapping[str, Any], calls: int, warmup: int

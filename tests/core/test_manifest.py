@@ -39,6 +39,7 @@ from t3c.core.manifest import (
     TensorSpec,
 )
 from t3c.core.objective import Objective
+from t3c.core.per_input import PerInput
 from t3c.core.profile import Energy, Label, Profile, Timing
 from t3c.core.report import ConversionReport, Row
 from t3c.core.structure import LEAF
@@ -51,6 +52,7 @@ CALIBRATED = Calibrated(
     Shifted(7, "ef", (0.5, 1.0), 0.7),
 )
 OBSERVED = Observed(0.1, 0.1, 0.2, 0.3, 0.01, None, 8, Drifts(0.05, 0.05, 0.1, 0.2, 0.005, 0.25))
+PER_INPUT = PerInput((0.5, -1.0), 0.1, -2.0, 3.0, (0.9, 0.99), (1.5, math.inf), (1.2, math.inf), 9)
 LABELS = Labels(
     40, 0.1, 0.05, -0.02, 0.9, 0.92, 0.03, 0.02,
     (Margin(0.0, 0.5, 20, 0.2, -0.03, 0.01), Margin(0.5, 2.0, 20, 0.0, 0.0, None)),
@@ -79,7 +81,11 @@ def profile(name: str, rank: int) -> CompiledProfile:
             latency=Timing(1e-3, 2e-3, Label.MEASURED, 100, 2),
             energy=Energy(1e-3, Label.ESTIMATED),
             certificate=Certificate(
-                proxy=PROXY, calibrated=CALIBRATED, observed=OBSERVED, labels=LABELS
+                proxy=PROXY,
+                calibrated=CALIBRATED,
+                observed=OBSERVED,
+                labels=LABELS,
+                per_input=PER_INPUT,
             ),
         ),
         f"profile_{name}",
@@ -142,11 +148,13 @@ def test_certificates_of_earlier_artifacts_lack_what_came_later() -> None:
     data = through_json(example())
     for profile in data["profiles"]:
         del profile["certificate"]["labels"]
+        del profile["certificate"]["per_input"]
         del profile["certificate"]["observed"]["teacher"]
         del profile["certificate"]["calibrated"]["draws"]
         del profile["certificate"]["calibrated"]["shifted"]
     found = Manifest.from_json(data).profiles[0].profile.certificate
     assert found.labels is None
+    assert found.per_input is None
     assert found.observed == replace(OBSERVED, teacher=None)
     assert found.calibrated == replace(CALIBRATED, draws=(), shifted=None)
 

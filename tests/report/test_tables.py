@@ -24,6 +24,7 @@ from t3c.core.certificate import (
 )
 from t3c.core.formats import Dense, LowRank
 from t3c.core.manifest import CompiledProfile, Parity
+from t3c.core.per_input import PerInput
 from t3c.core.profile import Energy, Label, Profile, Timing
 from t3c.core.report import ConversionReport, Row
 from t3c.report import tables
@@ -45,6 +46,7 @@ UNBOUNDED = Calibrated(
     Shifted(7, "ef" * 32, (0.5,), 0.7),
 )
 OBSERVED = Observed(0.1, 0.1, 0.25, 0.3, 0.01, None, 8, Drifts(0.1, 0.1, 0.2, 0.3, 0.02, None))
+PER_INPUT = PerInput((0.5,), 0.1, -2.0, 3.0, (0.9,), (1.5,), (1.25,), 9)
 LABELS = Labels(
     8, 0.25, 0.125, -0.02, 0.875, 0.75, 0.03, 0.02,
     (Margin(0.0, 0.5, 4, 0.5, -0.03, 0.01), Margin(0.5, 2.0, 4, 0.0, -0.01, 0.0)),
@@ -58,7 +60,7 @@ FULL = Profile(
     7_000_000,
     Timing(1e-3, 2e-3, Label.MEASURED, 9),
     Energy(3e-3, Label.ESTIMATED),
-    Certificate(PROXY, None, UNBOUNDED, OBSERVED, LABELS),
+    Certificate(PROXY, None, UNBOUNDED, OBSERVED, LABELS, PER_INPUT),
 )
 
 
@@ -88,7 +90,8 @@ def test_a_certificate_shows_draws_shifted_data_and_labels() -> None:
     assert row[6:] == ["87.50 (75.00)", "3.00 (2.00)", "50.00", "0.00", "25.00", "0.00", "8"]
     heads = [str(c.header) for c in tables.labels(chain).columns]
     assert heads[8:12] == ["90% certifies %", "and flip %", "sound certifies %", "and flip %"]
-    assert len(tables.certificates(chain)) == 4
+    assert text(tables.per_input(chain)) == [["max", "1.25", "9"]]
+    assert len(tables.certificates(chain)) == 5
     assert tables.certificates(chain[:1]) == []
 
 
