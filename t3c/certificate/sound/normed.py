@@ -1,10 +1,9 @@
-"""Softmax and norms: functions whose Jacobian is a diagonal less one product of vectors.
+"""Softmax and norms: the change of each is a diagonal less one product of vectors, exactly.
 
-Both f satisfy f(s + delta) - f(s) = J delta, where J is their Jacobian averaged over the segment
-between s and s + delta (mean value theorem, Rudin, Principles of mathematical analysis, 5.10 and
-9.19). Here the Jacobian J0 of one point is taken out, which is linear and keeps the symbols, and
-what is left is bounded by how far values of f leave that point's on any such segment. The same
-formula serves the original's value (delta from the middle of the domain) and the difference.
+Both f have a formula f(s + delta) - f(s) = A (delta - b (a . delta)) whose factors A, a, b are
+known from the ends of f at s and at s + delta. The formula at one choice of factors is linear and
+keeps symbols; what is left is bounded by how far the factors leave that choice. The same formula serves
+the original's value (delta from the middle of the domain) and the difference.
 """
 
 import torch
@@ -25,13 +24,15 @@ ONE = 1 + 1e-9
 def softmax(p: Pair, seen: Tensor | None = None) -> Pair:
     """Exact softmax over the last axis; `roundings` says what float32 adds.
 
-    J = diag(p) - p p^T. With p0 any weights of sum 1 and delta' = delta - (p0 . delta) 1, which
-    leaves J delta alone for J 1 = 0:
-        (J delta)_i = p_i (delta'_i - p . delta')          and p . delta' = (p - p0) . delta',
-        |(J delta)_i - p0_i delta'_i|
-            <= |p_i - p0_i| |delta'_i| + p_i sum_j |p_j - p0_j| |delta'_j|.
-    ||J||_2 <= 1/2. Source: Gao, Pavel, On the properties of the softmax function (arXiv
-    1704.00805).
+    log p'_i - log p_i = delta_i - m for one m of a row, so that p'_i - p_i = l_i (delta_i - m) with
+    l_i the logarithmic mean of p_i and p'_i; as the changes of a row sum to zero, m is the mean of
+    delta with weights l. With any l0 > 0, delta' = delta - (its mean with weights l0) and r_i >=
+    |l_i - l0_i|:
+        |p'_i - p_i - l0_i delta'_i| <= r_i |delta'_i| + l_i sum_j r_j |delta'_j| / sum_j l_j.
+    A logarithmic mean grows with both arguments and is at most the arithmetic one: sum l <= 1, and
+    diag(l0) - l0 l0^T / sum l0 has a norm of at most 1/2, as the Jacobian has. Sources: Carlson,
+    The logarithmic mean (1972); Gao, Pavel, On the properties of the softmax function (arXiv
+    1704.00805); the formula is ours, derived above.
     Ends of p: p_i = 1 / sum_j exp(s_j - s_i), of which every term is monotone in s_j - s_i.
 
     Args:
@@ -43,23 +44,14 @@ def softmax(p: Pair, seen: Tensor | None = None) -> Pair:
     if not bool(live.any(-1).all()):
         raise NoRule("a row of softmax sees nothing")
     middle = (p.x.low + p.x.high) / 2
-    gaps = _gaps(p.x)
-    base = _shares_at(middle, live)
-    low, high = _shares(_joined(gaps, _gaps_at(middle)), live)
-    x = _slope(_shifted(p.x, -middle), base, low, high, "value")
-    x = _shifted(x, base).tightened(*_shares(gaps, live))
-    steps = _gaps(p.d)
-    other = _gaps(p.changed)
-    other = (
-        torch.maximum(other[0], gaps[0] + steps[0]),
-        torch.minimum(other[1], gaps[1] + steps[1]),
+    gaps, steps, other = _gaps(p.x), _gaps(p.d), _gaps(p.changed)
+    other = _ordered(
+        torch.maximum(other[0], gaps[0] + steps[0]), torch.minimum(other[1], gaps[1] + steps[1])
     )
-    other = torch.minimum(*other), torch.maximum(*other)
-    hull = p.hull
-    about = _shares_at((hull[0] + hull[1]) / 2, live)
-    on_way = _shares(_joined(gaps, other), live)
-    d = _slope(p.d, about, *on_way, "error")
-    before, after = _shares(gaps, live), _shares(other, live)
+    at, before, after = _shares_at(middle, live), _shares(gaps, live), _shares(other, live)
+    x = _slope(_shifted(p.x, -middle), (at / ONE, at * ONE), before, "value")
+    x = _shifted(x, at).tightened(*before)
+    d = _slope(p.d, before, after, "error")
     d = d.tightened(after[0] - before[1], after[1] - before[0])
     d = d.tightened(*_change(steps, before, live))
     return Pair(x.cut("value"), d.cut("error"))
@@ -93,13 +85,8 @@ def _gaps(s: Form) -> Ends:
     return apart[0].masked_fill(eye, 0.0), apart[1].masked_fill(eye, 0.0)
 
 
-def _gaps_at(s: Tensor) -> Ends:
-    gaps = s[..., None, :] - s[..., :, None]
-    return gaps, gaps
-
-
-def _joined(a: Ends, b: Ends) -> Ends:
-    return torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])
+def _ordered(low: Tensor, high: Tensor) -> Ends:
+    return torch.minimum(low, high), torch.maximum(low, high)
 
 
 def _shares(gaps: Ends, live: Tensor) -> Ends:
@@ -117,23 +104,49 @@ def _shares_at(s: Tensor, live: Tensor) -> Tensor:
     return torch.softmax(s.masked_fill(~live, float("-inf")), -1)
 
 
-def _slope(delta: Form, base: Tensor, low: Tensor, high: Tensor, symbol: str) -> Form:
-    """J delta for every p between two ends; see `softmax`."""
-    radius = torch.maximum((high - base).abs(), (base - low).abs())
+def _log_means(low: Ends, high: Ends) -> Ends:
+    """Ends of the logarithmic mean (a - b) / log(a / b) of two numbers between ends.
+
+    Args:
+        low: Least values of both, not negative.
+        high: Largest values of both.
+    """
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        least, most = torch.minimum(a, b), torch.maximum(a, b)
+        apart = (most - least).clamp_min(1e-300) / least.clamp_min(1e-300)
+        # below 1e-6 the arithmetic mean is within 1e-13 of it, relative
+        found = torch.where(apart < 1e-6, (a + b) / 2, (most - least) / torch.log1p(apart))
+        return torch.minimum(torch.maximum(found, least), most)
+
+    # where a least end is next to nothing, ends that need no logarithm
+    least = torch.where(torch.minimum(*low) > 1e-280, mean(*low), 0.0)
+    most = torch.where(torch.minimum(*high) > 1e-280, mean(*high), (high[0] + high[1]) / 2)
+    return least / ONE, most * ONE
+
+
+def _slope(delta: Form, before: Ends, after: Ends, symbol: str) -> Form:
+    """The change of a softmax whose ends are known at both sides; see `softmax`."""
+    low, high = _log_means((before[0], after[0]), (before[1], after[1]))
+    l0 = (low + high) / 2
+    l0 = l0 / l0.sum(-1, keepdim=True).clamp_min(1.0)  # no more than 1 in all
+    weights = l0 / l0.sum(-1, keepdim=True)
+    radius = torch.maximum(high - l0, l0 - low)
 
     def centred(t: Tensor) -> Tensor:
-        return t - (base * t).sum(-1, keepdim=True)
+        return t - (weights * t).sum(-1, keepdim=True)
 
     def bound(t: Tensor) -> Tensor:
-        return (1 - 2 * base) * t + (base * t).sum(-1, keepdim=True)
+        return (1 - 2 * weights) * t + (weights * t).sum(-1, keepdim=True)
 
     away = delta.map(centred, bound).peak * ONE
-    # also delta'_i = sum_j base_j (delta_i - delta_j), at most the spread of delta's ends
+    # delta' is also a mean of differences of delta, at most the spread of its ends
     spread = delta.high.amax(-1, keepdim=True) - delta.low.amin(-1, keepdim=True)
     away = torch.minimum(away, spread)
-    mean = torch.minimum((radius * away).sum(-1, keepdim=True), away.amax(-1, keepdim=True))
-    error = radius * away + torch.maximum(high, base) * mean
-    straight = delta.map(lambda t: base * centred(t), lambda t: base * bound(t), 0.5 * ONE)
+    total = low.sum(-1, keepdim=True).clamp_min(1e-300)
+    mean = torch.minimum((radius * away).sum(-1, keepdim=True) / total, away.amax(-1, keepdim=True))
+    error = radius * away + high * mean
+    straight = delta.map(lambda t: l0 * centred(t), lambda t: l0 * bound(t), 0.5 * ONE)
     return straight.widened(error * ONE + 1e-15, delta.norm, symbol=symbol)
 
 
@@ -163,14 +176,16 @@ def _change(steps: Ends, before: Ends, live: Tensor) -> Ends:
 def norm(p: Pair, gain: Tensor | None, bias: Tensor | None, eps: float, *, centred: bool) -> Pair:
     """A norm over the last axis: gain * u / sqrt(mean(u^2) + eps) + bias, u = x (- its mean).
 
-    With rho = 1 / sqrt(mean(u^2) + eps) and y = rho u: J delta = rho (delta - y tau), tau = mean(y
-    delta). With any y0 of ||y0||^2 <= n, any rho0, tau0 = mean(y0 delta) and k = mean(|y - y0|
-    |delta|): |tau - tau0| <= k and
-        |(J delta)_i - rho0 (delta_i - y0_i tau0)|
-            <= |rho - rho0| |delta_i - y0_i tau0| + rho (|y_i - y0_i| |tau| + |y0_i| k).
-    ||J||_2 <= rho, |y_i| <= sqrt(n), and <= sqrt(n - 1) where u sums to zero: u_i^2 <= (n - 1)
-    times the sum of the others' squares. Source: Kim, Papamakarios, Mnih, The Lipschitz constant of
-    self-attention (arXiv 2006.04710) for why such bounds need a domain.
+    With sigma = sqrt(mean(u^2) + eps), y = u / sigma and delta = u' - u:
+        y' - y = (delta - y tau) / sigma',  tau = sigma' - sigma = mean(z delta),
+        z = (u + u') / (sigma + sigma') = k y + (1 - k) y',  k = sigma / (sigma + sigma').
+    With any rho0, y0, z0 and tau0 = mean(z0 delta), and rho' = 1 / sigma':
+        |(y' - y)_i - rho0 (delta_i - y0_i tau0)|
+            <= |rho' - rho0| |delta_i - y0_i tau0| + rho' (|y_i - y0_i| |tau| + |y0_i| |tau - tau0|)
+    and |tau - tau0| <= mean(|z - z0| |delta|), |tau| <= sqrt(mean(delta^2)), for ||z||^2 <= n.
+    |y_i| <= sqrt(n), and <= sqrt(n - 1) where u sums to zero: u_i^2 <= (n - 1) times the sum of the
+    others' squares. Source: Kim, Papamakarios, Mnih, The Lipschitz constant of self-attention
+    (arXiv 2006.04710) for why such bounds need a domain; the formula is ours, derived above.
     Ends of y: y_i = u_i / sqrt((u_i^2 + rest) / n + eps) grows with u_i and shrinks with the rest.
     The sum of squares is at least (w . u)^2 for any unit vector w, which keeps symbols.
 
@@ -181,24 +196,15 @@ def norm(p: Pair, gain: Tensor | None, bias: Tensor | None, eps: float, *, centr
     n = p.x.c.shape[-1]
     before, change = (_centred(p.x), _centred(p.d)) if centred else (p.x, p.d)
     after = before + change
-    middle = (before.low + before.high) / 2
+    middle, other = (before.low + before.high) / 2, (after.low + after.high) / 2
     if centred:
         middle = middle - middle.mean(-1, keepdim=True)
-    ends = before.ends
-    own = _Values.of(ends, _power(before, middle), n, eps, centred)
-    around = _joined(ends, (middle, middle))
-    towards = torch.minimum(_power(before, middle), middle.square().sum(-1, keepdim=True))
-    way = _Values.of(around, towards, n, eps, centred)
-    root = (middle.square().mean(-1, keepdim=True) + eps).rsqrt()
-    x = _turned(_shifted(before, -middle), middle * root, way, n, "value")
-    x = _shifted(x, middle * root).tightened(own.low, own.high)
-    hull = _joined(ends, after.ends)
-    center = (hull[0] + hull[1]) / 2
-    segment = torch.minimum(_power(before, center), _power(after, center))
-    way = _Values.of(hull, segment, n, eps, centred)
-    root = (center.square().mean(-1, keepdim=True) + eps).rsqrt()
-    d = _turned(change, center * root, way, n, "error")
-    new = _Values.of(after.ends, _power(after, center), n, eps, centred)
+    own = _Values.of(before.ends, _power(before, middle), n, eps, centred)
+    new = _Values.of(after.ends, _power(after, other), n, eps, centred)
+    point = _Values.at(middle, eps)
+    x = _turned(_shifted(before, -middle), point, own, n, "value")
+    x = _shifted(x, point.middle).tightened(own.low, own.high)
+    d = _turned(change, own, new, n, "error")
     d = d.tightened(new.low - own.high, new.high - own.low)
     one = _float32(p.x, own, n, eps, centred)
     two = _float32(p.changed, new, n, eps, centred)
@@ -220,6 +226,22 @@ class _Values:
 
     def __init__(self, low: Tensor, high: Tensor, least: Tensor, most: Tensor) -> None:
         self.low, self.high, self.least, self.most = low, high, least, most
+
+    @property
+    def middle(self) -> Tensor:
+        """The middle of its ends."""
+        return (self.low + self.high) / 2
+
+    @property
+    def radius(self) -> Tensor:
+        """Half of what is between its ends."""
+        return (self.high - self.low) / 2
+
+    @classmethod
+    def at(cls, u: Tensor, eps: float) -> "_Values":
+        """Of one u."""
+        root = (u.square().mean(-1, keepdim=True) + eps).rsqrt()
+        return cls(u * root, u * root, root / ONE, root * ONE)
 
     @classmethod
     def of(cls, ends: Ends, power: Tensor, n: int, eps: float, centred: bool) -> "_Values":
@@ -266,34 +288,39 @@ def _centred(x: Form) -> Form:
     )
 
 
-def _turned(delta: Form, base: Tensor, way: _Values, n: int, symbol: str) -> Form:
-    """J delta for every y and rho of a segment; see `norm`."""
-    root = (way.least + way.most) / 2
-    off = (way.most - way.least) / 2
-    radius = torch.maximum((way.high - base).abs(), (base - way.low).abs())
+def _turned(delta: Form, before: _Values, after: _Values, n: int, symbol: str) -> Form:
+    """The change of y whose values are known at both sides; see `norm`."""
+    root = (after.least + after.most) / 2
+    off = (after.most - after.least) / 2
+    y0, y1 = before.middle, after.middle
+    # k = sigma / (sigma + sigma') = rho' / (rho + rho'), which grows with rho' and falls with rho
+    least = after.least / (before.most + after.least) / ONE
+    most = after.most / (before.least + after.most) * ONE
+    k, apart = (least + most) / 2, (most - least) / 2
+    z0 = k * y0 + (1 - k) * y1
+    # k' y + (1 - k') y' - z0 = k (y - y0) + (1 - k) (y' - y1) + (k' - k) (y - y')
+    wide = torch.maximum((before.high - after.low).abs(), (after.high - before.low).abs())
+    z_radius = (k * before.radius + (1 - k) * after.radius + apart * wide) * ONE
 
     def project(t: Tensor) -> Tensor:
-        return t - base * (base * t).mean(-1, keepdim=True)
+        return t - y0 * (z0 * t).mean(-1, keepdim=True)
 
     def bound(t: Tensor) -> Tensor:
-        own = (1 - base.square() / n).abs() - base.square() / n
-        return own * t + base.abs() * (base.abs() * t).mean(-1, keepdim=True)
+        own = (1 - y0 * z0 / n).abs() - (y0 * z0).abs() / n
+        return own * t + y0.abs() * (z0.abs() * t).mean(-1, keepdim=True)
 
     away = delta.map(project, bound).peak
     tau0 = delta.map(
-        lambda t: (base * t).mean(-1, keepdim=True),
-        lambda t: (base.abs() * t).mean(-1, keepdim=True),
+        lambda t: (z0 * t).mean(-1, keepdim=True), lambda t: (z0.abs() * t).mean(-1, keepdim=True)
     ).peak
-    k = (radius * delta.peak).mean(-1, keepdim=True)
-    length = delta.peak.square().mean(-1, keepdim=True).sqrt()  # |mean(y delta)| at most
-    tau = torch.minimum(tau0 + k, length)
-    k = torch.minimum(k, tau0 + length)
-    error = off * away + way.most * (radius * tau + base.abs() * k)
-    most = float(root.max())
-    straight = delta.map(lambda t: root * project(t), lambda t: root * bound(t), most * ONE)
-    rows = delta.c.numel() // n
-    known = min(float(way.most.max()) * delta.norm, 2 * (n * rows) ** 0.5) + most * delta.norm
-    return straight.widened(error * ONE + 1e-15, known * ONE, symbol=symbol)
+    length = delta.peak.square().mean(-1, keepdim=True).sqrt()
+    change = torch.minimum((z_radius * delta.peak).mean(-1, keepdim=True), tau0 + length)
+    tau = torch.minimum(tau0 + change, length)
+    error = off * away + after.most * (before.radius * tau + y0.abs() * change)
+    norm = float(root.max()) * (1 + float((y0.norm(dim=-1) * z0.norm(dim=-1)).max()) / n) * ONE
+    straight = delta.map(lambda t: root * project(t), lambda t: root * bound(t), norm)
+    both = 2 * delta.c.numel() ** 0.5  # ||y|| and ||y'|| are at most sqrt(n) in each row
+    return straight.widened(error * ONE + 1e-15, (both + norm * delta.norm) * ONE, symbol=symbol)
 
 
 def _float32(x: Form, y: _Values, n: int, eps: float, centred: bool) -> Tensor:

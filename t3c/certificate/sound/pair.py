@@ -126,6 +126,9 @@ def curve(p: Pair, f: Curve) -> Pair:
     x = x.widened(spread * half, symbol="value").tightened(*f.values(low, high))
     a, b = p.hull
     m, top = f.slopes(a, b)
+    least, most = f.secants((low, high), p.d.ends)
+    m, top = torch.maximum(m, least), torch.minimum(top, most)
+    m, top = torch.minimum(m, top), torch.maximum(m, top)
     spread = (top - m) / 2
     d = p.d.scaled((m + top) / 2)
     d = d.widened(spread * p.d.peak, float(spread.max()) * p.d.norm, symbol="error")

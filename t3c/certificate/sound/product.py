@@ -13,7 +13,7 @@ from t3c.certificate.sound.form import Form, NoRule, over
 from t3c.certificate.sound.form import _sum as added
 from t3c.certificate.sound.pair import Pair, gamma
 
-SHARED = 384
+SHARED = 1024
 """Symbols whose products are bounded together; those of others by their magnitudes."""
 CHUNK = 4_000_000
 """Numbers of quadratic forms held at once."""

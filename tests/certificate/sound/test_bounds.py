@@ -196,6 +196,21 @@ def test_smooth_margins_cover_float32_where_it_cancels(name: str) -> None:
     assert bool(((y - exact).abs() <= gamma(16) * (1 + x.double().abs())).all())
 
 
+@pytest.mark.parametrize("name", sorted(CURVES))
+def test_secants_lie_within_their_range(name: str) -> None:
+    torch.manual_seed(0)
+    f = CURVES[name]
+    x, d = 3 * torch.randn(2000, dtype=torch.float64), torch.randn(2000, dtype=torch.float64)
+    d[::2] *= 1e-3  # short ones have another formula
+    wide = torch.rand(2, 2000, dtype=torch.float64) * torch.tensor([0.3, 1e-6]).repeat(1000)
+    low, high = f.secants((x - wide[0], x + wide[0]), (d - wide[1], d + wide[1]))
+    for sign in (-1, 0, 1):
+        at, step = x + sign * wide[0], d + sign * wide[1]
+        slope = (f.f(at + step) - f.f(at)) / step
+        known = step.abs() > 1e-6  # shorter ones are lost in the quotient
+        assert bool(((low <= slope) & (slope <= high))[known].all())
+
+
 def test_the_window_of_an_average_counts_all_its_terms() -> None:
     aten = torch.ops.aten
     shape = torch.Size((1, 2, 7, 7))
