@@ -120,6 +120,7 @@ def factorize(
     *,
     most: Mapping[str, Ranks] | None = None,
     batches: Sequence[Batch] = (),
+    references: Sequence[Mapping[str, Format]] | None = None,
 ) -> tuple[str, ...]:
     """Replace the factors of sites, in the metric of the data where a site has a moment.
 
@@ -133,6 +134,8 @@ def factorize(
         most: Site name -> the largest ranks needed; sites left out keep what they have. None: all
             sites that have a moment, at full rank.
         batches: Flat inputs behind the moments; only factorizers that compensate need them.
+        references: Site name -> format of the copies that those run behind, ranks in float; None:
+            `reference` at each of `REFERENCES`.
 
     Returns:
         Sites whose factors ignore the data.
@@ -154,7 +157,9 @@ def factorize(
             elastic.set_factors(name, made)
     progress("factorizing", len(names), len(names))
     if aimed := [n for n in names if n in moments and _aims(elastic.layers[n]) is not None]:
-        _compensate(elastic, moments, aimed, most, batches, progress)
+        if references is None:
+            references = [reference(elastic, share, most) for share in REFERENCES]
+        _compensate(elastic, moments, aimed, most, batches, references, progress)
     return tuple(n for n in (elastic.sites if most is None else most) if n not in moments)
 
 
@@ -171,6 +176,7 @@ def _compensate(
     names: Sequence[str],
     most: Mapping[str, Ranks] | None,
     batches: Sequence[Batch],
+    references: Sequence[Mapping[str, Format]],
     progress: Progress,
 ) -> None:
     """Make the factors of these sites again, of weights that fit compressed inputs.
@@ -195,7 +201,6 @@ def _compensate(
         ranks = None if most is None else most[name]
         elastic.set_factors(name, factorizer.split(aim, mean, gains=seen.directions(), ranks=ranks))
 
-    references = [reference(elastic, share, most) for share in REFERENCES]
     sites = [n for n in names if n in once]
     walk(elastic, batches, references, sites, renew, progress, kept=_kept(elastic, batches, sites))
 

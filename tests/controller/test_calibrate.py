@@ -1,0 +1,49 @@
+"""Codes that calibration chooses: a smaller rank is a slice of a larger one, bit for bit."""
+
+import numpy as np
+import pytest
+
+from t3c.controller.calibrate import collect, factorize, round_weights
+from t3c.core.codes import Grouped, Matrix
+from t3c.core.formats import Dense, Format, LowRank
+from t3c.elastic.model import ElasticModel
+from tests.controller import models
+
+SMALL, LARGE = 8, 24
+
+
+def rounded(rank: int, bits: int) -> ElasticModel:
+    """A model calibrated for ranks up to this one."""
+    model, batches = models.block(), models.more(models.block(), 4)
+    moments = collect(model, batches)
+    factorize(model, moments, most=dict.fromkeys(model.sites, (rank,)))
+    menu: dict[str, list[Format]] = {n: [Dense(8), LowRank(rank, bits)] for n in model.sites}
+    round_weights(model, moments, menu)
+    return model
+
+
+def equal(one: Matrix | Grouped | None, two: Matrix | Grouped | None) -> bool:
+    assert one is not None
+    assert two is not None
+    return np.array_equal(one.q, two.q) and np.array_equal(one.scale, two.scale)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_export_of_a_smaller_rank_is_a_slice_of_the_codes(bits: int) -> None:
+    model = rounded(LARGE, bits)
+    small, large = LowRank(SMALL, bits), LowRank(LARGE, bits)
+    low, high = ("low", "high") if bits == 8 else ("low4", "high4")
+    for site in model.sites:
+        export, whole = model.codes(site, [small]), model.codes(site, [small, large])
+        assert equal(getattr(export, low), getattr(whole, low).prefix(SMALL))
+        assert equal(getattr(export, high), getattr(whole, high).prefix(None, SMALL))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_error_feedback_leaves_the_first_components_what_they_are_alone(bits: int) -> None:
+    alone, among = rounded(SMALL, bits), rounded(LARGE, bits)
+    name = "low" if bits == 8 else "low4"
+    for site in alone.sites:
+        few = getattr(alone.codes(site, [LowRank(SMALL, bits)]), name)
+        many = getattr(among.codes(site, [LowRank(LARGE, bits)]), name)
+        assert equal(few, many.prefix(SMALL))
