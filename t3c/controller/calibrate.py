@@ -53,17 +53,24 @@ class Moment:
             random projection of the model's outputs: which output directions matter. None where
             no gradient arrives, or the site is too wide.
         rows: How many rows counted.
+        outputs: E[y y^T] of the outputs without bias, [out, out] float32, for windows above 1x1
+            only; None elsewhere, where it follows from `total`.
     """
 
     total: Tensor
     gains: Tensor | None
     rows: int
+    outputs: Tensor | None = None
 
     def __add__(self, other: "Moment") -> "Moment":
         """The moments of both sets of rows."""
         known = self.gains is not None and other.gains is not None
         gains = self.gains + other.gains if known else None  # type: ignore[operator]
-        return Moment(self.total + other.total, gains, self.rows + other.rows)
+        rows, outputs = self.rows + other.rows, None
+        if self.outputs is not None and other.outputs is not None:
+            share = self.rows / max(rows, 1)
+            outputs = share * self.outputs + (1 - share) * other.outputs
+        return Moment(self.total + other.total, gains, rows, outputs)
 
     def mean(self) -> Tensor:
         """E[x x^T], shrunk towards its mean diagonal where there are few rows for its width.
@@ -326,7 +333,7 @@ def collect(
         if done and deadline is not None and time.monotonic() > deadline:
             break
         for seen in look(elastic, batch, wanted, [done]):
-            moment = _moment(elastic.sites[seen.site], seen)
+            moment = _moment(elastic.layers[seen.site], seen)
             known = moments.get(seen.site)
             moments[seen.site] = moment if known is None else known + moment
     progress("collecting statistics", len(batches), len(batches))
@@ -359,7 +366,13 @@ def split(layer: ElasticLayer, moment: Moment | None, ranks: Ranks | None = None
     ranks = layer.fit_ranks(kind) if ranks is None else ranks
     if moment is None:
         return factorizer.split(layer.weight, ranks=ranks)
-    return factorizer.split(layer.weight, moment.mean(), gains=moment.directions(), ranks=ranks)
+    return factorizer.split(
+        layer.weight,
+        moment.mean(),
+        gains=moment.directions(),
+        outputs=moment.outputs,
+        ranks=ranks,
+    )
 
 
 def width(site: Site) -> int:
@@ -371,13 +384,23 @@ def width(site: Site) -> int:
             return site.in_channels
 
 
-def _moment(site: Site, seen: Seen) -> Moment:
+def _moment(layer: ElasticLayer, seen: Seen) -> Moment:
     """Moments of one call of a site."""
+    site, bias = layer.site, layer.bias
     rows, gains = rows_of(site, seen.x)[_counted(site, seen)], None
     if seen.slopes:
         back = rows_of(site, seen.slopes[0])
         gains = back.T @ back if back.shape[1] <= SIDE_MAX else None
-    return Moment(rows.T @ rows, gains, len(rows))
+    return Moment(rows.T @ rows, gains, len(rows), _outputs(site, seen.y, bias))
+
+
+def _outputs(site: Site, y: Tensor, bias: Tensor | None) -> Tensor | None:
+    """E[y y^T] of a convolution's outputs without bias; None where windows are 1x1."""
+    if isinstance(site, LinearSite) or site.pointwise or site.out_channels > SIDE_MAX:
+        return None
+    found = rows_of(site, y)
+    found = found if bias is None else found - bias.detach()
+    return found.T @ found / max(len(found), 1)
 
 
 def _counted(site: Site, seen: Seen) -> Tensor:

@@ -19,12 +19,14 @@ class Seen:
         site: Its name.
         node: The call in the graph.
         x: Its input.
+        y: Its output, bias and all.
         slopes: For each probe, the gradient at its output; none where no gradient arrives.
     """
 
     site: str
     node: fx.Node
     x: Tensor
+    y: Tensor
     slopes: tuple[Tensor, ...]
 
 
@@ -62,8 +64,14 @@ def look(
                 )
     names = {node: name for name, nodes in site_calls(elastic).items() for node in nodes}
     return [
-        Seen(names[node], node, x, tuple(g for row in found if (g := row[at]) is not None))
-        for at, (node, x, _) in enumerate(runner.calls)
+        Seen(
+            names[node],
+            node,
+            x,
+            y.detach(),
+            tuple(g for row in found if (g := row[at]) is not None),
+        )
+        for at, (node, x, y) in enumerate(runner.calls)
     ]
 
 

@@ -148,6 +148,8 @@ class FactorizationConformance:
                 self.factorizer.split(weight, torch.full((3, 3), bad))
             with pytest.raises(T3CError, match="the gains of the outputs hold NaN"):
                 self.factorizer.split(weight, torch.eye(3), gains=torch.full((4, 4), bad))
+            with pytest.raises(T3CError, match="second moment of the outputs hold NaN"):
+                self.factorizer.split(weight, torch.eye(3), outputs=torch.full((4, 4), bad))
 
     def test_metrics_of_another_shape_are_refused(self) -> None:
         weight = torch.randn(4, 3, *((3, 3) if self.convolution else ()))
@@ -155,6 +157,8 @@ class FactorizationConformance:
             self.factorizer.split(weight, torch.eye(4))
         with pytest.raises(ValueError, match=r"gains .* needs \[4, 4\]"):
             self.factorizer.split(weight, torch.eye(3), gains=torch.eye(3))
+        with pytest.raises(ValueError, match=r"moment of the outputs .* needs \[4, 4\]"):
+            self.factorizer.split(weight, torch.eye(3), outputs=torch.eye(3))
         with pytest.raises(ValueError, match="a rank is at least 1"):
             self.factorizer.split(weight, ranks=(0, 1))
 

@@ -1,9 +1,12 @@
-"""Codes that calibration chooses: a smaller rank is a slice of a larger one, bit for bit."""
+"""What calibration collects, and codes that it chooses: smaller ranks are slices of larger ones."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from t3c.controller.calibrate import collect, factorize, round_weights
+from t3c.controller.calibrate import collect, factorize, round_weights, split
 from t3c.core.codes import Grouped, Matrix
 from t3c.core.formats import Dense, Format, LowRank
 from t3c.elastic.model import ElasticModel
@@ -47,3 +50,23 @@ def test_error_feedback_leaves_the_first_components_what_they_are_alone(bits: in
         few = getattr(alone.codes(site, [LowRank(SMALL, bits)]), name)
         many = getattr(among.codes(site, [LowRank(LARGE, bits)]), name)
         assert equal(few, many.prefix(SMALL))
+
+
+def test_windows_are_told_the_second_moment_of_their_outputs() -> None:
+    model = models.cnn()
+    batches = models.more(model, 3)
+    moments = collect(model, batches)
+    layer = model.layers["stem"]
+    assert layer.bias is not None
+    rows = [
+        (layer(x) - layer.bias[:, None, None]).movedim(1, -1).reshape(-1, 32) for (x,) in batches
+    ]
+    seen = torch.cat(rows).detach()
+    want = seen.T @ seen / len(seen)
+    assert moments["stem"].outputs is not None
+    torch.testing.assert_close(moments["stem"].outputs, want, rtol=1e-4, atol=1e-4)
+    assert moments["head"].outputs is None
+    kept = {name: replace(moment, outputs=None) for name, moment in moments.items()}
+    assert (moments["stem"] + kept["stem"]).outputs is None
+    one, two = (split(layer, m["stem"]) for m in (moments, kept))
+    assert not torch.equal(one["expand"], two["expand"])

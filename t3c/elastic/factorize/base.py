@@ -33,6 +33,7 @@ class AbstractFactorizer(ABC):
         moment: Tensor | None = None,
         *,
         gains: Tensor | None = None,
+        outputs: Tensor | None = None,
         ranks: Ranks | None = None,
     ) -> Factors:
         """Factors of a weight, float32.
@@ -42,24 +43,32 @@ class AbstractFactorizer(ABC):
             moment: Second moment E[x x^T] of the inputs [k, k] (channels [in, in]); None: identity.
             gains: Which output directions matter: positive definite [n, n]; None: identity. Used
                 only together with a moment, by factorizers that weigh outputs.
+            outputs: Second moment E[y y^T] of the outputs without bias [n, n]; None: as weight and
+                moment have it, which for windows is only a guess.
             ranks: Largest ranks wanted; None: all. A factorizer whose components depend on the
                 rank (CP) fits this one.
 
         Raises:
-            T3CError: The weight, the moment or the gains are not finite.
-            ValueError: The moment or the gains do not fit the weight, or a rank is below 1.
+            T3CError: The weight, a moment or the gains are not finite.
+            ValueError: A moment or the gains do not fit the weight, or a rank is below 1.
         """
         n, k = weight.shape[:2]
         _check("weight", weight, None)
         _check("second moment of the inputs", moment, k)
         _check("gains of the outputs", gains, n)
+        _check("second moment of the outputs", outputs, n)
         if ranks is not None and min(ranks) < 1:
             raise ValueError(f"ranks are {ranks}; a rank is at least 1")
-        return self._split(weight, moment, gains, ranks)
+        return self._split(weight, moment, gains, outputs, ranks)
 
     @abstractmethod
     def _split(
-        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        gains: Tensor | None,
+        outputs: Tensor | None,
+        ranks: Ranks | None,
     ) -> Factors:
         """`split`, of arguments that are finite and fit."""
 

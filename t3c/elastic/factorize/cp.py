@@ -37,7 +37,12 @@ class CpAls(AbstractFactorizer):
     seed: int = 0
 
     def _split(
-        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        gains: Tensor | None,
+        outputs: Tensor | None,
+        ranks: Ranks | None,
     ) -> Factors:
         """Fit `ranks` = (rank,) components; None: min(out, in). Neither moment is used.
 

@@ -30,7 +30,12 @@ class SaesSvd(AbstractWeighedSvd):
     ridge: float = 1e-1
 
     def _split(
-        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        gains: Tensor | None,
+        outputs: Tensor | None,
+        ranks: Ranks | None,
     ) -> Factors:
         """As `Svd.split`, in the metric of inputs and outputs."""
         return weighed(weight, moment, gains, ranks, self.damping)

@@ -17,7 +17,12 @@ class Svd(AbstractFactorizer):
     factors: ClassVar[tuple[str, ...]] = ("low", "high")
 
     def _split(
-        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        gains: Tensor | None,
+        outputs: Tensor | None,
+        ranks: Ranks | None,
     ) -> Factors:
         """By the eigenvectors Q of the smaller Gram matrix: W = Q (Q^T W) holds to rounding."""
         w = weight.detach().flatten(1).float()

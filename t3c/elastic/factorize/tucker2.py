@@ -28,6 +28,10 @@ class Tucker2Hosvd(AbstractFactorizer):
     moment is given, then refined by HOOI at `focus` of the ranks. Bases stay complete and ordered,
     so every pair of prefixes is valid. Source: Kim et al. 2016 (arXiv 1511.06530).
 
+    Channel moments know nothing of how the taps of a window correlate. The second moment of the
+    outputs does: with it the output basis is that of the outputs themselves, the best there is at
+    every rank, as if second moments of whole windows (im2col) were known.
+
     Attributes:
         damping: Added to the moment's diagonal, as a share of its mean.
         sweeps: HOOI sweeps; 0 is plain HOSVD.
@@ -41,7 +45,12 @@ class Tucker2Hosvd(AbstractFactorizer):
     focus: float = 0.5
 
     def _split(
-        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        gains: Tensor | None,
+        outputs: Tensor | None,
+        ranks: Ranks | None,
     ) -> Factors:
         """Factors at full rank, or cut to `ranks` = (rank_in, rank_out)."""
         w = weight.detach().float()
@@ -54,10 +63,16 @@ class Tucker2Hosvd(AbstractFactorizer):
                 root = lower_root(gains.to(w))
                 w = torch.einsum("oihw,op->pihw", w, root)
         u_in, u_out = _basis(w, 1), _basis(w, 0)
+        if moment is not None and outputs is not None and float(outputs.diagonal().sum()) > 0:
+            seen = outputs.to(w) if root is None else root.t() @ outputs.to(w) @ root
+            u_out = descending(seen.double())[1].float()
+        else:
+            outputs = None
         ri, ro = max(1, round(channels * self.focus)), max(1, round(out * self.focus))
         for _ in range(self.sweeps):
             u_in = _basis(torch.einsum("oihw,op->pihw", w, u_out[:, :ro]), 1)
-            u_out = _basis(torch.einsum("oihw,ij->ojhw", w, u_in[:, :ri]), 0)
+            if outputs is None:
+                u_out = _basis(torch.einsum("oihw,ij->ojhw", w, u_in[:, :ri]), 0)
         if ranks is not None:
             u_in, u_out = u_in[:, : ranks[0]], u_out[:, : ranks[1]]
         core = torch.einsum("oihw,op,ij->pjhw", w, u_out, u_in)

@@ -50,7 +50,12 @@ class WhitenedSvd(AbstractWeighedSvd):
     name: ClassVar[str] = "whitened-svd"
 
     def _split(
-        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        gains: Tensor | None,
+        outputs: Tensor | None,
+        ranks: Ranks | None,
     ) -> Factors:
         """As `Svd.split`, in the metric of the inputs; gains are not used."""
         return weighed(weight, moment, None, ranks, self.damping)
@@ -69,7 +74,12 @@ class KroneckerSvd(AbstractWeighedSvd):
     name: ClassVar[str] = "kronecker-svd"
 
     def _split(
-        self, weight: Tensor, moment: Tensor | None, gains: Tensor | None, ranks: Ranks | None
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        gains: Tensor | None,
+        outputs: Tensor | None,
+        ranks: Ranks | None,
     ) -> Factors:
         """As `Svd.split`, in the metric of inputs and outputs."""
         return weighed(weight, moment, gains, ranks, self.damping)

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch.nn import functional
 
 from t3c.core.errors import T3CError
 from t3c.core.registry import resolve
@@ -208,6 +209,30 @@ def test_hooi_is_no_worse_than_hosvd_where_it_refines() -> None:
     plain = Tucker2Hosvd(sweeps=0)
     errors = [float(f.residual(w, f.split(w), (6, 8)).norm()) for f in (plain, TUCKER2)]
     assert errors[1] <= errors[0] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_tucker2_that_knows_the_outputs_has_their_best_basis(weighed: bool) -> None:
+    draw = torch.Generator().manual_seed(4)
+    w = torch.randn(12, 6, 3, 3, generator=draw)
+    x = functional.avg_pool2d(torch.randn(8, 6, 24, 24, generator=draw), 5, 1)  # taps correlate
+    rows = functional.conv2d(x, w).movedim(1, -1).reshape(-1, 12)
+    outputs, moment = second_moment(rows), second_moment(x.movedim(1, -1))
+    root = torch.randn(12, 12, generator=draw)
+    gains = root @ root.T / 12 + 0.03 * torch.eye(12) if weighed else None
+    left = torch.eye(12) if gains is None else torch.linalg.cholesky(gains)
+    best = torch.linalg.eigvalsh(left.T.double() @ outputs @ left.double())
+    knows = TUCKER2.split(w, moment, gains=gains, outputs=outputs)
+    guesses = TUCKER2.split(w, moment, gains=gains)
+    torch.testing.assert_close(TUCKER2.merge(knows), w, rtol=1e-3, atol=1e-3)
+    for rank in (2, 5, 8):
+        lost = [
+            float((functional.conv2d(x, TUCKER2.residual(w, f, (6, rank))).movedim(1, -1) @ left)
+            .square().sum(-1).mean())
+            for f in (knows, guesses)
+        ]  # fmt: skip
+        assert lost[0] == pytest.approx(float(best[: 12 - rank].sum()), rel=0.01)
+        assert lost[0] < 0.9 * lost[1]
 
 
 def test_cp_finds_a_planted_decomposition() -> None:
