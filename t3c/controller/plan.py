@@ -28,6 +28,7 @@ from t3c.controller.options import COUNTED, SHARES, gate
 from t3c.controller.progress import Progress, silent
 from t3c.controller.statistics import correct
 from t3c.controller.suffix import Suffix
+from t3c.controller.swaps import SWAP_BATCHES, drift_on, improve
 from t3c.controller.verdict import Verdicts, settle
 from t3c.controller.work import other_bytes, peak_bytes, rest_of
 from t3c.core.errors import TargetError
@@ -126,6 +127,7 @@ def plan(
     static: bool | None = None,
     objective: Objective = Objective.LATENCY,
     table: Path | None = None,
+    swaps: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
     """Calibrate, measure the damage table, search the chain.
@@ -145,16 +147,20 @@ def plan(
         table: File of the damage table; a table there that is not finished is gone on with. Then
             `seconds` of None lets everything be measured, on `TABLE_BATCHES` batches at most; else
             what there was no time for is estimated, and measured by a later run. None: no file.
+        swaps: How many whole plans may be measured to exchange levels between layers of a profile,
+            for all profiles together; see `t3c.controller.swaps`.
         progress: Told where it is; None: nobody.
 
     Raises:
         T3CError: No batches, values that are not finite, or `table` is damaged or of another
             model, data or menu.
         TargetError: `static` or `objective` asks for kernels that the target does not have.
-        ValueError: `profiles` is below 1.
+        ValueError: `profiles` is below 1, or `swaps` below 0.
     """
     if profiles < 1:
         raise ValueError(f"{profiles} profiles wanted; a chain has at least 1")
+    if swaps < 0:
+        raise ValueError(f"swaps is {swaps}; allowed are 0 and above")
     check(objective, spec)
     progress = silent if progress is None else progress
     if table is not None:
@@ -205,6 +211,13 @@ def plan(
         path = search.fine_path(options)
     plans = search.cut(path, profiles)
     notes = []
+    if swaps:
+        swapped = improve(plans, options, drift_on(elastic, held[:SWAP_BATCHES]), swaps, progress)
+        plans = list(swapped.plans)
+        notes.append(
+            f"{swapped.kept} swaps of levels between layers made whole plans drift less, of "
+            f"{swapped.evaluations} plans measured"
+        )
     if static:
         notes.append(
             f"convolutions round activations to grids fixed on {len(batches)} calibration input(s);"
