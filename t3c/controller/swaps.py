@@ -69,7 +69,7 @@ def improve(
     """Try swaps in each profile, the most promising by the table first; keep what drifts less.
 
     Every profile has an equal share of the evaluations; one of them scores the plan as it is. What
-    a profile leaves over goes to the others.
+    a profile leaves over goes to the smaller ones.
 
     Args:
         plans: A nested chain, smallest first.
@@ -81,14 +81,14 @@ def improve(
     rows = {site: [row[i] for i in falling(row)] for site, row in options.items()}
     levels = [_levels(plan, rows) for plan in plans]
     kept = used = 0
-    for at in range(len(plans)):
-        share = (evaluations - used) // (len(plans) - at)
+    for at in reversed(range(len(plans))):  # the largest first: often it cannot be changed
+        share = (evaluations - used) // (at + 1)
         above = levels[at + 1] if at + 1 < len(plans) else None
         below = levels[at - 1] if at else None
         budget = _Budget(score, share)
         levels[at], better = _climb(levels[at], below, above, rows, budget)
         kept, used = kept + better, used + budget.used
-        progress("swapping levels", at + 1, len(plans))
+        progress("swapping levels", len(plans) - at, len(plans))
     made = [
         _plan(mine, rows) if mine != _levels(plan, rows) else plan
         for mine, plan in zip(levels, plans, strict=True)
