@@ -69,19 +69,16 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=64, help="held out, for the proxies' drift")
     parser.add_argument("--scores", type=int, default=1200, help="held out, for the bounds")
     parser.add_argument("--seconds", type=float, default=90.0, help="for Jacobian norms")
+    parser.add_argument("--only", choices=("proxies", "bounds"), help="the other part stays")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parent))
     name = (
         "certificates.json" if options.model == "minilm" else f"certificates_{options.model}.json"
     )
-    run(
-        options.model,
-        options.held,
-        options.scores,
-        options.seconds,
-        HERE / name if options.out is None else options.out,
-    )
+    out: Path = HERE / name if options.out is None else options.out
+    parts = ("proxies", "bounds") if options.only is None else (options.only,)
+    run(options.model, options.held, options.scores, options.seconds, out, parts)
 
 
 def minilm(held: int, scores: int) -> Case:
@@ -142,45 +139,58 @@ def glyphs(held: int, scores: int) -> Case:
 CASES = {"minilm": minilm, "glyphs": glyphs}
 
 
-def run(kind: str, held: int, scores: int, seconds: float, out: Path) -> None:
+def run(kind: str, held: int, scores: int, seconds: float, out: Path, parts: Sequence[str]) -> None:
     """Lower the model, estimate and observe, bound and test."""
     import torch
 
-    import t3c
     from benchmarks.machine import describe
-    from t3c.controller.plan import plan
-    from t3c.targets import detect_host
 
     torch.set_num_threads(1)
     case = CASES[kind](held, scores)
-    calibration = case.calibration
-    elastic = t3c.elasticize(case.model, calibration[0])
-    flat = [elastic.captured.flatten(call, {}) for call in calibration]
+    command = f"python -m benchmarks.certificates --model {kind} --held {held} --scores {scores}"
+    if len(parts) == 1:
+        command += f" --only {parts[0]}"
+    result: dict[str, Any] = json.loads(out.read_text()) if len(parts) == 1 else {}
+    made = {"proxies": estimates, "bounds": compiled}
+    for part in parts:
+        result[part] = {"command": command, "machine": describe()} | made[part](case, seconds)
+    result = {"model": case.name} | {part: result[part] for part in made}
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def estimates(case: Case, seconds: float) -> dict[str, Any]:
+    """Proxies of a planned chain and of other plans, in torch."""
+    import t3c
+    from t3c.controller.plan import plan
+    from t3c.targets import detect_host
+
+    elastic = t3c.elasticize(case.model, case.calibration[0])
+    flat = [elastic.captured.flatten(call, {}) for call in case.calibration]
     found = plan(elastic, flat, detect_host(), profiles=16, seconds=60.0)
     unseen = [elastic.captured.flatten(call, {}) for call in case.held]
-    result: dict[str, Any] = {
-        "command": f"python -m benchmarks.certificates --model {kind} --held {held} "
-        f"--scores {scores}",
-        "model": case.name,
-        "machine": describe(),
-        "proxies": proxies(elastic, found, flat, unseen, seconds, case),
-    }
-    show(result["proxies"])
+    result = proxies(elastic, found, flat, unseen, seconds, case)
+    show(result)
+    return result
+
+
+def compiled(case: Case, _: float) -> dict[str, Any]:
+    """Bounds of the library that `lower` makes."""
+    import t3c
+
     with tempfile.TemporaryDirectory() as folder:
         artifact = t3c.lower(
             case.model,
             "x86",
-            calibration[0],
+            case.calibration[0],
             Path(folder) / "net",
-            calibration=calibration,
+            calibration=case.calibration,
             calls=0,
             say=lambda line: None,
         )
-        session = t3c.load(artifact)
-        result["bounds"] = bounds(session, case)
-    for row in result["bounds"]["profiles"]:
+        result = bounds(t3c.load(artifact), case)
+    for row in result["profiles"]:
         print(json.dumps(row))
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def proxies(

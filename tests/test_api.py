@@ -296,9 +296,21 @@ def small(**options: Any) -> Artifact:
 
 def test_a_domain_puts_a_proven_bound_of_every_profile_into_the_manifest(tmp_path: Path) -> None:
     ends = torch.full((2, 64), 0.1)
-    artifact = small(out=tmp_path / "net", domain=Domain.box(-ends, ends))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
+    with torch.no_grad():  # two classes above the others, some margins above the bound
+        model[0].weight *= 4
+        model[2].weight[:2] *= 4
+        model[2].bias[:2] += torch.tensor([2.0, 1.0])
+    artifact = small(model=model, out=tmp_path / "net", domain=Domain.box(-ends, ends))
     found = [p.profile.certificate.sound for p in artifact.manifest.profiles]
     assert all(s is not None and s.status != "unavailable" and 0 < s.value < 100 for s in found)
+    inside = [(ends * (2 * torch.rand(2, 64) - 1),) for _ in range(60)]
+    proven = t3c.certify(artifact, model, inside, say=lambda line: None).manifest.profiles[-1]
+    assert proven.profile.certificate.labels is not None
+    checked = proven.profile.certificate.labels.checked[-1]
+    assert (checked.level, checked.flips) == (None, 0.0)
+    assert checked.certified > 0
 
 
 def test_an_unknown_target_lists_the_known(tmp_path: Path) -> None:

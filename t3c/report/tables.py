@@ -259,30 +259,48 @@ def shifted(chain: Sequence[CompiledProfile], title: str = "Bounds on shifted da
 
 
 def labels(chain: Sequence[CompiledProfile], title: str = "Labels, against the original") -> Table:
-    """One row per profile: changed labels, all and by margin, confidence, and what bounds certify.
+    """One row per profile: changed labels, confidence and its calibration, all and by margin.
 
-    Flips by margin go from the quarter of inputs with the least margin to that with the most.
+    By margin: from the quarter of inputs with the least margin to that with the most.
     """
     known = [(c.profile.name, f) for c in chain if (f := c.profile.certificate.labels)]
-    checks = [_bound_of(c.level) for c in known[0][1].checked] if known else []
-    heads = [h for name in checks for h in (f"{name} certifies %", "and flip %")]
-    fixed = ("flips %", "by margin", "of max %", "confidence", "by margin", "right %", "ECE %")
-    table = _table(title, ("profile",), (*fixed, *heads, "inputs"))
+    heads = ("flips %", "by margin", "of max %", "confidence", "by margin", "right %", "ECE %")
+    table = _table(title, ("profile",), (*heads, "by margin", "inputs"))
     for name, found in known:
-        cells = [c for k in found.checked for c in (_percent(k.certified), _percent(k.flips))]
+        gaps = [m.ece for m in found.margins if m.ece is not None]
         table.add_row(
             name,
             _percent(found.flips),
             "/".join(f"{100 * m.flips:.1f}" for m in found.margins),
             _percent(found.teacher),
             f"{100 * found.confidence:+.2f}",
-            "/".join(f"{100 * m.confidence:+.1f}" for m in found.margins),
+            _changes([m.confidence for m in found.margins]),
             _pair(found.accuracy, found.original_accuracy),
             _pair(found.ece, found.original_ece),
-            *cells,
+            _changes(gaps) if gaps else UNKNOWN,
             str(found.inputs),
         )
     return table
+
+
+def certified(
+    chain: Sequence[CompiledProfile], title: str = "Labels that a bound fixes, and that flip"
+) -> Table:
+    """One row per profile: shares of inputs that a bound certifies, and that flip all the same."""
+    known = [(c.profile.name, f) for c in chain if (f := c.profile.certificate.labels)]
+    checks = [c.level for c in known[0][1].checked] if known else []
+    names = ["sound" if level is None else f"{level:.0%}" for level in checks]
+    heads = [h for name in names for h in (f"{name} certifies %", "and flip %")]
+    table = _table(title, ("profile",), (*heads, "inputs"))
+    for name, found in known:
+        cells = [c for k in found.checked for c in (_percent(k.certified), _percent(k.flips))]
+        table.add_row(name, *cells, str(found.inputs))
+    return table
+
+
+def _changes(values: Sequence[float]) -> str:
+    """Changes of shares, in points."""
+    return "/".join(f"{100 * v:+.1f}" for v in values)
 
 
 def per_input(
@@ -295,10 +313,6 @@ def per_input(
     for name, found in known:
         table.add_row(name, *(number(r) for r in found.ratios), str(found.inputs))
     return table
-
-
-def _bound_of(level: float | None) -> str:
-    return "sound" if level is None else f"{level:.0%}"
 
 
 def _percent(share: float | None) -> str:
@@ -321,7 +335,7 @@ def certificates(chain: Sequence[CompiledProfile]) -> list[Table]:
     if any(f.calibrated and f.calibrated.shifted for f in found):
         made.append(shifted(chain))
     if any(f.labels for f in found):
-        made.append(labels(chain))
+        made += [labels(chain), certified(chain)]
     if any(f.per_input for f in found):
         made.append(per_input(chain))
     return made

@@ -87,11 +87,12 @@ def test_a_certificate_shows_draws_shifted_data_and_labels() -> None:
     assert text(tables.shifted(chain)) == [["max", "50.00", "0.7", "7"]]
     (row,) = text(tables.labels(chain))
     assert row[:6] == ["max", "25.00", "50.0/0.0", "12.50", "-2.00", "-3.0/-1.0"]
-    assert row[6:] == ["87.50 (75.00)", "3.00 (2.00)", "50.00", "0.00", "25.00", "0.00", "8"]
-    heads = [str(c.header) for c in tables.labels(chain).columns]
-    assert heads[8:12] == ["90% certifies %", "and flip %", "sound certifies %", "and flip %"]
+    assert row[6:] == ["87.50 (75.00)", "3.00 (2.00)", "+1.0/+0.0", "8"]
+    assert text(tables.certified(chain)) == [["max", "50.00", "0.00", "25.00", "0.00", "8"]]
+    heads = [str(c.header) for c in tables.certified(chain).columns]
+    assert heads[1:5] == ["90% certifies %", "and flip %", "sound certifies %", "and flip %"]
     assert text(tables.per_input(chain)) == [["max", "1.25", "9"]]
-    assert len(tables.certificates(chain)) == 5
+    assert len(tables.certificates(chain)) == 6
     assert tables.certificates(chain[:1]) == []
 
 
