@@ -2,8 +2,8 @@
 
 Both f have a formula f(s + delta) - f(s) = A (delta - b (a . delta)) whose factors A, a, b are
 known from the ends of f at s and at s + delta. The formula at one choice of factors is linear and
-keeps symbols; what is left is bounded by how far the factors leave that choice. The same formula serves
-the original's value (delta from the middle of the domain) and the difference.
+keeps symbols; what is left is bounded by how far the factors leave that choice. The same formula
+serves the original's value (delta from the middle of the domain) and the difference.
 """
 
 import torch

@@ -11,7 +11,7 @@ from torch.nn import functional
 from t3c.certificate.sound.form import Form, Linear, NoRule
 from t3c.certificate.sound.norms import conv_norm, matrix_norm
 from t3c.certificate.sound.pair import Pair, dynamic_error, gamma, grid_error
-from t3c.core.formats import CP, Dense, LowRank
+from t3c.core.formats import Dense, LowRank, Tucker2
 from t3c.core.grid import Grid
 from t3c.elastic import fake_quant
 from t3c.elastic.conv import ElasticConv
@@ -171,9 +171,7 @@ def _stages(layer: ElasticLayer) -> tuple[list[tuple[Tensor, str, Rounding]], Te
                 (_point(low), "window", rounding(INPUT)),
                 (_point(high), "point", rounding("low")),
             ], _point(product)
-        case CP():
-            raise NoRule("CP factors have no rule")
-        case _:
+        case Tucker2():
             a, b = int(fmt.ranks[0]), int(fmt.ranks[1])
             first, core = kernel("reduce", a, None), kernel("core", b, a)
             last = kernel("expand", None, b)
@@ -183,6 +181,8 @@ def _stages(layer: ElasticLayer) -> tuple[list[tuple[Tensor, str, Rounding]], Te
                 (core, "window", rounding("reduce")),
                 (_point(last), "point", rounding("core")),
             ], product
+        case _:
+            raise NoRule(f"{type(fmt).__name__} factors have no rule")
 
 
 def _point(w: Tensor) -> Tensor:

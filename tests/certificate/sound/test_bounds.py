@@ -167,6 +167,35 @@ def test_norm_bounds_are_above_the_norms_of_explicit_matrices() -> None:
     assert exact <= matrix_norm(m) <= exact * 1.0001
 
 
+class Spelled(nn.Module):
+    """Attention, a norm and a gate in single operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.a, self.b, self.l = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.gain = nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-4))
+        shares = torch.softmax(self.q(x) @ self.k(x).transpose(1, 2) / 2, -1)
+        y = shares @ self.v(x) - x
+        y = nn.functional.silu(self.a(y)) * self.b(y)
+        z: Tensor = self.l(torch.erf(y)).mean(1)
+        return z
+
+
+def test_operators_in_single_steps_have_rules_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 6)
+    model = elasticize(Spelled().eval(), (x,))
+    fmts: dict[str, Format] = {name: Dense(8) for name in model.sites}
+    fmts |= {"q": LowRank(3), "a": LowRank(3)}
+    domain = Domain.around([(x,)], 0.05)
+    found = sound_bounds(model, chain([fmts]), domain)["p0"]
+    assert attack(model, fmts, domain.cells[0][0]) <= found.raw < 3
+
+
 def test_symbols_of_the_difference_are_in_no_ball() -> None:
     space = Space(ball=2, values=2)
     zero = torch.zeros(2, dtype=torch.float64)
