@@ -27,7 +27,10 @@ QUIET_S, LOADED_S, AFTER_S = 5.0, 12.0, 8.0
 ROUNDS = 2
 ROOM = 1.1
 """Budget over the p95 of the largest profile on the quiet machine."""
-BUSY_MS, IDLE_MS = 1.0, 2.5
+BUSY_MS, IDLES_MS = 1.0, (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
+SLOWDOWN = 1.22
+"""The other process works so much that the largest profile's median rises by this at least: more
+than the budget leaves, less than the smallest profile could make up for."""
 RECORD_ROUNDS = 40
 RECOVERY_S = 2.0
 LOAD = """
@@ -74,21 +77,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--artifact", type=Path, help="lowered before; else MiniLM, kept in build/")
     parser.add_argument("--plot", type=Path, default=HERE / "governor.svg")
-    parser.add_argument("--busy-ms", type=float, default=BUSY_MS, help="of the other process")
-    parser.add_argument("--idle-ms", type=float, default=IDLE_MS, help="of the other process")
+    parser.add_argument("--idle-ms", type=float, help="of the other process; else found by trial")
     options = parser.parse_args()
     one_thread()
     from benchmarks import machine
 
     found = machine.describe()
-    found |= run(
-        library("minilm", options.artifact), options.plot, options.busy_ms, options.idle_ms
-    )
+    found |= run(library("minilm", options.artifact), options.plot, options.idle_ms)
     print(json.dumps(found, indent=1))
     (HERE / "governor.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def run(folder: Path, plot: Path, busy_ms: float, idle_ms: float) -> dict[str, Any]:
+def run(folder: Path, plot: Path, idle_ms: float | None) -> dict[str, Any]:
     """All rounds; the figures."""
     import t3c
     from t3c.core.conservative import increasing
@@ -111,6 +111,7 @@ def run(folder: Path, plot: Path, busy_ms: float, idle_ms: float) -> dict[str, A
     largest = session.profiles[-1]
     assert largest.latency_ms is not None
     budget = ROOM * largest.latency_ms
+    idle_ms = _idle(session, given, core) if idle_ms is None else idle_ms
     fixed, governed = Calls(), Calls()
     spans: dict[str, list[tuple[float, float]]] = {"quiet": [], "loaded": [], "after": []}
     recoveries: list[float] = []
@@ -134,7 +135,7 @@ def run(folder: Path, plot: Path, busy_ms: float, idle_ms: float) -> dict[str, A
             until(begin + QUIET_S)
             before = governor.profile
             loaded = time.perf_counter() - start
-            with _Load(core, busy_ms, idle_ms, 2 * LOADED_S):
+            with _Load(core, idle_ms, 2 * LOADED_S):
                 until(loaded + LOADED_S)
             ended = time.perf_counter() - start
             until(ended + AFTER_S)
@@ -171,7 +172,7 @@ def run(folder: Path, plot: Path, busy_ms: float, idle_ms: float) -> dict[str, A
     ]
     figures: dict[str, Any] = {
         "budget_ms": budget,
-        "other_process": {"busy_ms": busy_ms, "idle_ms": idle_ms, "seconds": LOADED_S},
+        "other_process": {"busy_ms": BUSY_MS, "idle_ms": idle_ms, "seconds": LOADED_S},
         "recorded_p95_ms": {p.name: p.latency_ms for p in session.profiles},
         "calls": {name: len(calls.ms) for name, calls in both.items()},
         "over_budget": {
@@ -202,9 +203,9 @@ def run(folder: Path, plot: Path, busy_ms: float, idle_ms: float) -> dict[str, A
 class _Load:
     """Another process on one core, for a bounded time; ended by its id."""
 
-    def __init__(self, core: int, busy_ms: float, idle_ms: float, seconds: float) -> None:
+    def __init__(self, core: int, idle_ms: float, seconds: float) -> None:
         self._core = core
-        self._words = [str(busy_ms), str(idle_ms), str(seconds)]
+        self._words = [str(BUSY_MS), str(idle_ms), str(seconds)]
 
     def __enter__(self) -> None:
         self._process = subprocess.Popen([sys.executable, "-c", LOAD, *self._words])
@@ -213,6 +214,24 @@ class _Load:
     def __exit__(self, *error: object) -> None:
         self._process.terminate()
         self._process.wait()
+
+
+def _idle(session: Any, given: tuple[Any, ...], core: int) -> float:
+    """How long the other process sleeps so that the largest profile is slowed down enough."""
+    import numpy as np
+
+    name = session.profiles[-1].name
+
+    def median() -> float:
+        return float(np.median(session.samples((name,), given, 40, 3)[name]))
+
+    quiet = median()
+    for idle_ms in IDLES_MS:
+        with _Load(core, idle_ms, 30.0):
+            time.sleep(0.2)  # until it works
+            if median() >= SLOWDOWN * quiet:
+                break
+    return idle_ms
 
 
 def _recovery(calls: Calls, profile: str, since: float) -> float:

@@ -370,6 +370,10 @@ def inspect(
     drift: Annotated[
         bool, typer.Option("--drift", help="Share of every layer in the drift of each profile.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Picture to write: drift against latency and bytes, with intervals."),
+    ] = None,
     certificates: Annotated[
         bool, typer.Option("--certificates", help="Bounds, draws, shifted data, labels.")
     ] = False,
@@ -397,6 +401,10 @@ def inspect(
             console.show(*(shown if shown else ("no certificate yet; see `t3c certify`",)))
         if stored:
             console.show(tables.storage(storage(found)))
+        if plot is not None:
+            plots: Any = import_module("t3c.report.plots")
+            title = f"{manifest.target.name} ({manifest.target.mcpu})"
+            console.show(f"wrote {plots.chain(plots.drifts(manifest.chain.profiles), plot, title)}")
         console.show(tables.conversion(manifest.report))
         for text in () if quiet else manifest.assumptions:
             console.show(f"assumed {text}")

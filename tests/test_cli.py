@@ -55,6 +55,13 @@ def test_inspect_shows_profiles_layers_and_report(artifact: Artifact) -> None:
     assert "assumed" not in quiet.stdout
 
 
+def test_inspect_draws_drift(artifact: Artifact, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra: plot)")
+    done = call("inspect", artifact.path, "--plot", tmp_path / "p.svg")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "p.svg").stat().st_size > 1000
+
+
 def test_inspect_as_json_is_the_manifest(artifact: Artifact) -> None:
     done = call("inspect", artifact.path, "--json")
     assert Manifest.from_json(json.loads(done.stdout)) == artifact.manifest

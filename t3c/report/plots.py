@@ -1,5 +1,6 @@
 """Pictures: quality against a cost, calls against time (needs matplotlib)."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from t3c.core.budget import LEVEL, drift_bound
 from t3c.core.errors import TargetError
+from t3c.core.profile import Profile
 
 MARKERS = "osD^vP*X<>"
 
@@ -126,6 +129,111 @@ def pareto(series: Sequence[Series], path: str | os.PathLike[str], axes: Axes) -
     plot.grid(visible=True, linewidth=0.3)
     plot.legend(fontsize=8)
     return _saved(matplotlib, figure, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Drift of a profile, with what is known around it.
+
+    Attributes:
+        name: Of the profile.
+        p50_ms: Median of one call; None: unknown, and left out of the first panel.
+        p95_ms: Recorded 95th percentile: the end of the bar to the right.
+        megabytes: Stored weights.
+        mean: Mean drift that was observed.
+        p95: Its 95th percentile over inputs: the end of the bar upwards.
+        bound: A calibrated bound; None: none, or not finite.
+    """
+
+    name: str
+    p50_ms: float | None
+    p95_ms: float | None
+    megabytes: float
+    mean: float
+    p95: float
+    bound: float | None = None
+
+
+def drifts(profiles: Sequence[Profile], level: float = LEVEL) -> list[Drift]:
+    """What certificates and records say, for `chain`; profiles without observed drift are left out.
+
+    Args:
+        profiles: Of one artifact.
+        level: Of the calibrated bound.
+    """
+    found = []
+    for profile in profiles:
+        seen, timing = profile.certificate.observed, profile.latency
+        if seen is None:
+            continue
+        bound = drift_bound(profile, "calibrated", level)
+        found.append(
+            Drift(
+                profile.name,
+                None if timing is None else timing.p50_s * 1e3,
+                None if timing is None else timing.p95_s * 1e3,
+                profile.storage_bytes / 1e6,
+                seen.mean,
+                max(seen.mean, seen.p95),
+                bound if bound < math.inf else None,
+            )
+        )
+    return found
+
+
+def chain(rows: Sequence[Drift], path: str | os.PathLike[str], title: str = "") -> Path:
+    """Draw drift against latency and against bytes, with intervals.
+
+    Dots are medians of time and means of drift; bars reach to the 95th percentiles (of calls, of
+    inputs); triangles are calibrated bounds.
+
+    Args:
+        rows: Profiles.
+        path: File to write; its ending picks the format (svg, png, pdf).
+        title: Over the picture.
+
+    Returns:
+        The path.
+
+    Raises:
+        TargetError: matplotlib is not installed.
+        ValueError: There is nothing to draw.
+    """
+    if not rows:
+        raise ValueError("no profile has observed drift; lower again, or certify the artifact")
+    matplotlib, figure_module = _matplotlib()
+    figure = figure_module.Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    timed = [row for row in rows if row.p50_ms is not None and row.p95_ms is not None]
+    late = [(row.p95_ms or 0.0) - (row.p50_ms or 0.0) for row in timed]
+    _interval(left, timed, [row.p50_ms or 0.0 for row in timed], late)
+    _interval(right, rows, [row.megabytes for row in rows], None)
+    left.set(xlabel="one call, ms (median to p95)", ylabel="drift (mean to p95 of inputs)")
+    right.set(xlabel="stored weights, MB")
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return _saved(matplotlib, figure, path)
+
+
+def _interval(
+    plot: Any, rows: Sequence[Drift], costs: Sequence[float], late: Sequence[float] | None
+) -> None:
+    """One panel: dots with bars, joined; bounds where there are any."""
+    means = [row.mean for row in rows]
+    up = [row.p95 - row.mean for row in rows]
+    zero = [0.0] * len(rows)
+    across = None if late is None else [zero, late]
+    bars: dict[str, Any] = {"fmt": "o-", "linewidth": 1, "elinewidth": 0.8, "capsize": 2}
+    plot.errorbar(costs, means, yerr=[zero, up], xerr=across, label="observed", **bars)
+    bounds = [(x, row.bound) for x, row in zip(costs, rows, strict=True) if row.bound is not None]
+    if bounds:
+        xs, ys = zip(*bounds, strict=True)
+        plot.plot(xs, ys, "^", color="C1", markersize=4, linestyle="none", label="calibrated bound")
+    for x, row in zip(costs, rows, strict=True):
+        plot.annotate(row.name, (x, row.mean), (4, 4), textcoords="offset points", size=8)
+    plot.grid(visible=True, linewidth=0.3)
+    plot.margins(x=0.1)
 
 
 def trace(

@@ -1,12 +1,25 @@
 """Pareto plots list what is dominated and draw all of it; traces show calls and profiles."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from t3c.core.certificate import Certificate
 from t3c.core.errors import TargetError
-from t3c.report.plots import Axes, Point, Series, Trace, dominated, pareto, trace
+from t3c.report.plots import (
+    Axes,
+    Point,
+    Series,
+    Trace,
+    chain,
+    dominated,
+    drifts,
+    pareto,
+    trace,
+)
+from tests.runtime import toy
 
 OURS = Series("T3C", (Point("tiny", 1, 70), Point("max", 3, 80)), chain=True)
 THEIRS = Series("other", (Point("int8", 3, 75), Point("twin", 1, 70), Point("best", 0.5, 60)))
@@ -51,6 +64,27 @@ def test_a_trace_of_calls_is_written_and_has_the_same_bytes(tmp_path: Path) -> N
     )
     assert first == second
     assert len(first) > 5000
+
+
+def test_drift_against_latency_and_bytes_has_intervals_and_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra: plot)")
+    rows = drifts([toy.profile(name) for name in toy.NAMES])
+    assert [(row.name, row.p50_ms, row.p95_ms) for row in rows] == [
+        ("tiny", 0.5, 1.0),
+        ("max", 1.0, 2.0),
+    ]
+    assert [(row.mean, row.p95, row.bound) for row in rows] == [(0.1, 0.2, None), (0.1, 0.2, 0.1)]
+    first, second = (chain(rows, tmp_path / f"{i}.svg", "toy").read_text() for i in (1, 2))
+    assert first == second
+    untimed = replace(toy.profile("max"), latency=None)
+    assert chain(drifts([untimed]), tmp_path / "u.svg").stat().st_size > 1000
+
+
+def test_a_chain_without_observed_drift_is_refused(tmp_path: Path) -> None:
+    bare = replace(toy.profile("max"), certificate=Certificate())
+    assert drifts([bare]) == []
+    with pytest.raises(ValueError, match="no profile has observed drift"):
+        chain([], tmp_path / "p.svg")
 
 
 def test_without_matplotlib_the_message_says_what_to_install(
