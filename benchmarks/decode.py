@@ -37,10 +37,10 @@ from t3c.api import elasticize
 from t3c.codegen.build import build, tvm_target
 from t3c.codegen.families import families_of
 from t3c.codegen.kernels.emit import Emitter, buffer, lanes
-from t3c.codegen.kernels.family import Kernel
+from t3c.codegen.kernels.family import AbstractGroupedKernels, Kernel, Packed
 from t3c.codegen.script import read_function
 from t3c.codegen.tvm_api import tvm
-from t3c.core.codes import quantize_groups, quantize_weight
+from t3c.core.codes import GROUP, RATIO, Nested, quantize_groups, quantize_weight
 from t3c.core.formats import Dense, Format
 from t3c.core.manifest import TensorSpec
 from t3c.passes.pipeline import lowering_graph
@@ -114,6 +114,7 @@ def chain(weights: Sequence[NDArray[np.float32]], x: NDArray[np.float32]) -> dic
     kernels = {
         "t3c int8": family.dense(1, n, n),
         "t3c int4": four.dense(1, n, n),
+        "t3c int8 nested in int4": four.nested(1, n, n),
         f"t3c int8 rank {RANK}": family.low_rank(1, n, n, RANK, RANK),
         f"t3c int4 rank {RANK}": four.low_rank(1, n, n, RANK, RANK),
     }
@@ -127,6 +128,7 @@ def chain(weights: Sequence[NDArray[np.float32]], x: NDArray[np.float32]) -> dic
         for arrays in (
             family.pack_dense(quantize_weight(w), bias),
             four.pack_dense(quantize_groups(w), bias),
+            planes(four, nest(w), bias),
             family.pack_low_rank(quantize_weight(low), quantize_weight(high), bias),
             four.pack_low_rank(quantize_groups(low), quantize_groups(high), bias),
         ):
@@ -148,6 +150,19 @@ def chain(weights: Sequence[NDArray[np.float32]], x: NDArray[np.float32]) -> dic
         return call
 
     return {name: run(name) for name in kernels}
+
+
+def nest(w: NDArray[np.float32]) -> Nested:
+    """4-bit codes, and what is left of the weights in fine ones."""
+    coarse = quantize_groups(w)
+    step = np.repeat(coarse.scale / RATIO, GROUP, axis=1)
+    fine = np.clip(np.rint(w / step) - RATIO * coarse.q, -8, 7)
+    return Nested(coarse, fine.astype(np.int8))
+
+
+def planes(four: AbstractGroupedKernels, w: Nested, bias: NDArray[np.float32]) -> Packed:
+    """Both planes, as `nested` takes them."""
+    return four.pack_dense(w.coarse, bias) | {"fine": four.pack_fine(w)["weight"]}
 
 
 def profiles(model: torch.nn.Module, inputs: tuple[Any, ...]) -> dict[str, Call]:
