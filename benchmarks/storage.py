@@ -69,7 +69,7 @@ def drift(held: list[str], other: list[str]) -> dict[str, Any]:
     for name, layer in elastic.layers.items():
         moment = seen[name].mean()
         layer.set_codes("weight", round_rows(layer.weight, moment))
-        layer.set_codes("weight", round_groups(layer.weight, moment))
+        layer.set_codes("weight", round_groups(layer.weight, moment, search=True))
     independent = look("error feedback")
     for name, layer in elastic.layers.items():
         layer.set_nested(round_nested(layer.weight, seen[name].mean()))
