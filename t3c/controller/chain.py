@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from t3c.core.formats import Format
+from t3c.core.formats import Dense, Format
 
 SHARE_OF_MAX = 0.6
 """Tiny takes at most this share of Max's cost in elastic layers, if any ranks allow it."""
@@ -67,14 +67,37 @@ class _Step:
         return self.damage / self.cost
 
 
-def path(options: Options) -> list[Plan]:
+def path(options: Options, *, dense_first: bool = False) -> list[Plan]:
     """Plans from the largest down; each lowers one site, the cheapest in damage per cost first.
 
     Each site walks down its lower convex hull (of damage over cost), so its own prices rise and
     the order of all steps by price is the optimal one for every prefix. Nested by construction.
+
+    Args:
+        options: What each site may become.
+        dense_first: Whether every site goes to its last dense format before any is factorized. The
+            path then passes dense quantization at the fewest bits itself, so that no plan loses to
+            it at the same cost, whatever the table says.
     """
-    steps = [step for site, row in options.items() for step in _steps(site, row, hull(row))]
-    return _walk(options, sorted(steps, key=lambda step: step.price))
+    if not dense_first:
+        steps = [step for site, row in options.items() for step in _steps(site, row, hull(row))]
+        return _walk(options, sorted(steps, key=lambda step: step.price))
+    phases: tuple[list[_Step], list[_Step]] = ([], [])
+    for site, row in options.items():
+        count = sum(isinstance(option.format, Dense) for option in row)
+        dense = falling(row[:count])
+        lower = [dense[-1], *(i for i in falling(row) if i >= count)]
+        for phase, places in zip(phases, (dense, lower), strict=True):
+            corners = [places[i] for i in hull([row[j] for j in places])]
+            phase += _steps(site, row, corners)
+    return _walk(options, [s for phase in phases for s in sorted(phase, key=lambda s: s.price)])
+
+
+def last_dense(plans: Sequence[Plan]) -> int:
+    """Place of the smallest plan whose sites are all dense."""
+    return max(
+        i for i, p in enumerate(plans) if all(isinstance(f, Dense) for f in p.formats.values())
+    )
 
 
 def fine_path(options: Options) -> list[Plan]:
@@ -109,7 +132,7 @@ def hull(row: Sequence[Option]) -> list[int]:
     return kept
 
 
-def cut(plans: Sequence[Plan], count: int) -> list[Plan]:
+def cut(plans: Sequence[Plan], count: int, *, through: int = 0) -> list[Plan]:
     """At most `count` distinct plans, smallest first, evenly spaced from Tiny to Max.
 
     Distance is the share of the cost between them and half the share of the drift up to
@@ -118,6 +141,8 @@ def cut(plans: Sequence[Plan], count: int) -> list[Plan]:
     Args:
         plans: A path, largest first.
         count: How many profiles are wanted.
+        through: Place of a plan that is taken in place of the nearest one, if three or more are
+            wanted and it lies between the first and the last; 0: none.
 
     Raises:
         ValueError: `count` is below 1.
@@ -132,6 +157,9 @@ def cut(plans: Sequence[Plan], count: int) -> list[Plan]:
         want = at[-1] * i / steps
         room = range(picked[-1] + 1, last - (steps - i) + 1)
         picked.append(min(room, key=lambda j: abs(at[j] - want)))
+    if len(picked) > 2 and 0 < through < last and through not in picked:
+        picked.remove(min(picked[1:-1], key=lambda i: abs(at[i] - at[through])))
+        picked = sorted([*picked, through])
     return [plans[i] for i in reversed(picked)]
 
 

@@ -31,9 +31,15 @@ def site_costs(
         case Objective.MACS:
             return [float(site.macs(fmt)) for fmt in menu]
         case Objective.BYTES:
-            return [float(storage_bytes(site, fmt)) for fmt in menu]
+            return [float(size) for size in _sizes(site, menu)]
         case Objective.ENERGY:
-            return [ENERGY.site(site.macs(fmt), storage_bytes(site, fmt)) for fmt in menu]
+            sizes = _sizes(site, menu)
+            return [ENERGY.site(site.macs(f), n) for f, n in zip(menu, sizes, strict=True)]
+
+
+def _sizes(site: Site, menu: Sequence[Format]) -> list[int]:
+    nested = {Dense(8), Dense(4)} <= set(menu)
+    return [storage_bytes(site, fmt, nested=nested) for fmt in menu]
 
 
 def check(objective: Objective, spec: TargetSpec) -> None:
@@ -54,10 +60,15 @@ def has_four_bits(spec: TargetSpec) -> bool:
     return spec.roofline.int4_macs_s is not None
 
 
-def storage_bytes(site: Site, fmt: Format) -> int:
+def storage_bytes(site: Site, fmt: Format, *, nested: bool = False) -> int:
     """Estimated bytes of a site: codes, a float32 scale for each output row, the float32 bias.
 
     4-bit codes have a scale of two bytes for each row and group of 64 inputs instead.
+
+    Args:
+        site: The site.
+        fmt: Its format.
+        nested: Whether dense 8-bit codes contain those of 4 bits, and have their scales.
     """
     outputs = site.n if isinstance(site, LinearSite) else site.out_channels
     if fmt.bits == 4 and isinstance(site, LinearSite):
@@ -66,6 +77,8 @@ def storage_bytes(site: Site, fmt: Format) -> int:
             groups = fmt.rank * math.ceil(site.k / GROUP) + outputs * math.ceil(fmt.rank / GROUP)
         return math.ceil(site.elements(fmt) / 2) + 2 * groups + 4 * outputs
     match fmt:
+        case Dense() if nested and isinstance(site, LinearSite):
+            return site.elements(fmt) + 2 * outputs * math.ceil(site.k / GROUP) + 4 * outputs
         case Dense():
             scales = outputs
         case LowRank(rank):

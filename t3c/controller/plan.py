@@ -206,10 +206,11 @@ def plan(
         if static:
             elastic.set_grids(fit_grids(elastic, batches, bits))
     options = options_of(decisions, damages)
-    path = search.path(options)
+    path = search.path(options, dense_first=objective is Objective.BYTES)
     if len(path) < profiles:
         path = search.fine_path(options)
-    plans = search.cut(path, profiles)
+    through = search.last_dense(path) if objective is Objective.BYTES else 0
+    plans = search.cut(path, profiles, through=through)
     notes = []
     if swaps:
         swapped = improve(plans, options, drift_on(elastic, held[:SWAP_BATCHES]), swaps, progress)

@@ -14,6 +14,7 @@ from t3c.controller.chain import (
     falling,
     fine_path,
     hull,
+    last_dense,
     path,
     tiny,
 )
@@ -142,3 +143,30 @@ def test_sites_without_options_give_one_plan() -> None:
     (only,) = cut(path({"fc": [Option(Dense(8), 1e-3, 0.0)]}), 8)
     assert only.formats == {"fc": Dense(8)}
     assert len(cut(path({}), 8)) == 1
+
+
+def test_dense_first_passes_dense_quantization_before_any_rank_falls() -> None:
+    rng = random.Random(3)
+    menu = {}
+    for i in range(12):
+        base = 10 ** rng.uniform(-6, -2)
+        row = [Option(Dense(8), 100.0, 0.0), Option(Dense(4), 53.0, base)]
+        row += [Option(LowRank(r, 4), r / 2, base * (2 + 2 * (96 - r) / 16)) for r in (96, 64, 32)]
+        menu[f"s{i}"] = row
+    plans = path(menu, dense_first=True)
+    at = last_dense(plans)
+    assert all(fmt == Dense(4) for fmt in plans[at].formats.values())
+    assert all(isinstance(f, Dense) for plan in plans[:at] for f in plan.formats.values())
+    for small, large in itertools.pairwise(reversed(plans)):
+        assert small.cost < large.cost
+        assert all(at_most(small.formats[s], large.formats[s]) for s in menu)
+    assert path(menu) != plans  # by price alone, some rank falls before the last layer has 4 bits
+    for count in (3, 4, 8):
+        assert plans[at] in cut(plans, count, through=at)
+        assert len(cut(plans, count, through=at)) == count
+    assert len(cut(plans, 2, through=at)) == 2
+
+
+def test_menus_without_dense_steps_have_the_same_path_either_way() -> None:
+    menu = {"a": ladder([0, 0.1, 0.3, 0.4]), "b": ladder([0, 0.2, 0.25, 0.6])}
+    assert path(menu, dense_first=True) == path(menu)

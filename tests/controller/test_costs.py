@@ -40,10 +40,13 @@ def test_costs_are_counted_in_the_units_of_the_objective() -> None:
     assert site_costs(Objective.LATENCY, site, menu, [3.0, 2.0, 1.0]) == [3.0, 2.0, 1.0]
     macs = [128 * 384 * 384, 128 * 384 * 384, 128 * 64 * 768]
     assert site_costs(Objective.MACS, site, menu, []) == macs
-    assert site_costs(Objective.BYTES, site, menu, []) == [storage_bytes(site, f) for f in menu]
+    sizes = [storage_bytes(site, fmt, nested=True) for fmt in menu]
+    assert sizes[0] == 384 * 384 + 2 * 384 * 6 + 4 * 384  # codes, scales of groups, bias
+    assert site_costs(Objective.BYTES, site, menu, []) == sizes
+    assert site_costs(Objective.BYTES, site, menu[:1], []) == [storage_bytes(site, Dense(8))]
     energy = site_costs(Objective.ENERGY, site, menu, [])
     assert energy == sorted(energy, reverse=True)
-    assert energy[0] == pytest.approx(macs[0] * 0.3e-12 + storage_bytes(site, menu[0]) * 162.5e-12)
+    assert energy[0] == pytest.approx(macs[0] * 0.3e-12 + sizes[0] * 162.5e-12)
 
 
 @pytest.mark.parametrize("objective", list(Objective))
