@@ -313,6 +313,23 @@ def test_a_domain_puts_a_proven_bound_of_every_profile_into_the_manifest(tmp_pat
     assert checked.certified > 0
 
 
+def test_a_file_for_the_damage_table_reaches_the_planner_and_none_does_not(tmp_path: Path) -> None:
+    class Planned(Exception):
+        pass
+
+    seen: list[dict[str, Any]] = []
+
+    def planner(*_: Any, **options: Any) -> Any:
+        seen.append(options)
+        raise Planned
+
+    for table in (str(tmp_path / "damage.jsonl"), None):
+        with pytest.raises(Planned):
+            small(out=tmp_path / "net", planner=planner, table=table)
+    assert seen[0]["table"] == tmp_path / "damage.jsonl"
+    assert "table" not in seen[1]
+
+
 def test_an_unknown_target_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(t3c.TargetError, match="unknown target 'sparc'; known are arm") as caught:
         small(target="sparc", out=tmp_path / "net")

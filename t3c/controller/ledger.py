@@ -179,6 +179,8 @@ class Ledger:
 
     def _take_part(self, part: Path) -> None:
         rows, whole = _rows(part)
+        if not whole and not self._header.encode().startswith(part.read_bytes()):
+            raise _damaged(part, 1, "it is no header of a damage table")
         assert self._file is not None
         os.ftruncate(self._file, whole)  # a line that was cut off is measured again
         if not whole:

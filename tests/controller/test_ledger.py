@@ -275,6 +275,13 @@ def test_a_changed_header_is_refused(part: Path) -> None:
         resume(part)
 
 
+def test_a_file_of_something_else_is_left_alone(part: Path) -> None:
+    part.write_bytes(b"something of the user's own")
+    with pytest.raises(T3CError, match=r"line 1 is damaged .*no header"):
+        resume(part)
+    assert part.read_bytes() == b"something of the user's own"
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     model = mlp()
     with pytest.raises(T3CError, match="is a folder; name a file"):

@@ -48,6 +48,21 @@ def test_using_changes_formats_only_inside(elastic: ElasticModel) -> None:
         assert torch.equal(elastic(X), before)
 
 
+def test_a_twin_shares_weights_and_has_formats_of_its_own(elastic: ElasticModel) -> None:
+    with torch.no_grad():
+        before = elastic(X)
+        low = elastic.layers["0"].factor("low")
+        twin = elastic.twin()
+        assert twin.layers["0"].weight is elastic.layers["0"].weight
+        assert twin.layers["0"].factor("low") is low
+        with twin.using({"0": LowRank(2)}):
+            inside = twin(X)
+            assert torch.equal(elastic(X), before)
+        with elastic.using({"0": LowRank(2)}):
+            assert torch.equal(elastic(X), inside)
+            assert torch.equal(twin(X), before)
+
+
 def test_using_reverts_after_an_exception(elastic: ElasticModel) -> None:
     with torch.no_grad():
         before = elastic(X)
