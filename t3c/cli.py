@@ -290,7 +290,8 @@ def run(
         session = _open(artifact, threads)
         if govern is not None:
             given = _inputs(session.manifest, inputs, console)
-            _govern(console, session, given, govern, metrics, budget | {"percentile": percentile})
+            wanted = {**budget, "percentile": percentile, "drift": drift}
+            _govern(console, session, given, govern, metrics, wanted)
             return
         if profile is not None:
             session.set_profile(profile)
@@ -776,7 +777,7 @@ def _govern(
     given: Mapping[str, Any],
     seconds: float,
     metrics: Path | None,
-    budget: Mapping[str, float],
+    budget: Mapping[str, Any],
 ) -> None:
     """Call a session under a governor for some time, and tell what happened."""
     if not 0.0 < seconds < float("inf"):

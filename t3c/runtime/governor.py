@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self, final
 
-from t3c.core.budget import Budget, Selector
+from t3c.core.budget import Budget, DriftKind, Selector
 from t3c.core.errors import InfeasibleBudget
 from t3c.core.profile import Profile, ProfileChain
 from t3c.runtime.loop import Law, Loop
@@ -64,6 +64,9 @@ def govern(
     energy_mj: float | None = None,
     size_mb: float | None = None,
     ram_mb: float | None = None,
+    max_drift: float | None = None,
+    level: float | None = None,
+    drift: DriftKind = "calibrated",
     percentile: float = 95.0,
     meter: Meter | None = None,
     law: Law | None = None,
@@ -80,6 +83,10 @@ def govern(
         energy_mj: Millijoules of one call, on average, everything that the meter sees included.
         size_mb: Stored weights of the profile, 10^6 bytes: a fixed limit.
         ram_mb: Memory while it runs, 10^6 bytes: a fixed limit.
+        max_drift: Bound on the drift of one input: no profile runs whose bound is above, however
+            slow the device gets.
+        level: Share of inputs that the bound holds for; None: 0.9.
+        drift: Which bound of the certificate: "calibrated" or "sound".
         percentile: Share in per cent of recent calls that must keep `latency_ms`, 50 to below 100.
         meter: Anything whose ``read()`` returns joules that rise; needed for `energy_mj`.
         law: Constants of the loop; None: the defaults.
@@ -103,6 +110,9 @@ def govern(
         size_mb=size_mb,
         ram_mb=ram_mb,
         percentile="p50" if percentile == 50.0 else "p95",
+        max_drift=max_drift,
+        level=level,
+        drift=drift,
     )
     return Governor(session, budget, percentile, meter, law, clock)
 
@@ -131,22 +141,23 @@ class Governor:
         self._names = tuple(profile.name for profile in profiles)
         self._variants = tuple(session.variants[name] for name in self._names)
         self._latencies = array("d", _latencies(profiles, percentile))
-        most = self._most = _fixed_limits(profiles, budget)
+        self._least, self._most = _fixed_limits(profiles, budget)
+        least, most = self._least, self._most
         self._limit = budget.latency_ms / 1e3 if budget.latency_ms is not None else None
         self._loop: Loop | None = None
         if self._limit is not None:
-            self._loop = Loop(self._latencies, self._limit, percentile, law, most)
+            self._loop = Loop(self._latencies, self._limit, percentile, law, most, least)
         self._energy: Loop | None = None
         if meter is not None and budget.energy_mj is not None:
             stated = [p.energy_mj for p in profiles]
             known = [mj for mj in stated if mj is not None]
             self._per_call = array("d", known if len(known) == len(stated) else self._latencies)
             # where no energy is recorded, it goes with time: the factor between is learned
-            self._energy = Loop(self._per_call, budget.energy_mj, 50.0, ENERGY_LAW, most)
+            self._energy = Loop(self._per_call, budget.energy_mj, 50.0, ENERGY_LAW, most, least)
         self._index = most if self._loop is None else self._loop.index
         if self._energy is not None:
             unknown = any(profile.energy_mj is None for profile in profiles)
-            self._index = 0 if unknown else min(self._index, self._energy.index)
+            self._index = least if unknown else min(self._index, self._energy.index)
         self._lock = threading.Lock()
         self._calls = array("q", bytes(8 * len(profiles)))
         self._seconds = array("d", bytes(8 * len(profiles)))
@@ -208,17 +219,17 @@ class Governor:
             InfeasibleBudget: Not even an undisturbed device keeps it.
         """
         limit = Budget(latency_ms=deadline_ms).components["latency_ms"] / 1e3
-        if limit < self._latencies[0]:
-            least = self._latencies[0] * 1e3
+        if limit < self._latencies[self._least]:
+            least = self._latencies[self._least] * 1e3
             raise InfeasibleBudget(
                 f"no profile takes {deadline_ms:g} ms or less; the smallest feasible budget is "
-                f"latency_ms={least!r} (profile {self._names[0]!r})",
+                f"latency_ms={least!r} (profile {self._names[self._least]!r})",
                 ("latency_ms",),
                 {"latency_ms": least},
             )
         factor = self.slowdown
         index = self._most if self._energy is None else min(self._most, self._energy.index)
-        while index > 0 and self._latencies[index] * factor > limit:
+        while index > self._least and self._latencies[index] * factor > limit:
             index -= 1
         return self._timed(index, args, kwargs, limit)
 
@@ -398,20 +409,25 @@ def _latencies(profiles: Sequence[Profile], percentile: float) -> list[float]:
     return found
 
 
-def _fixed_limits(profiles: Sequence[Profile], budget: Budget) -> int:
-    """The largest profile within the limits that nothing slows down.
+def _fixed_limits(profiles: Sequence[Profile], budget: Budget) -> tuple[int, int]:
+    """Smallest and largest profile within the limits that nothing slows down.
 
     Raises:
-        InfeasibleBudget: As `Selector.index`.
+        InfeasibleBudget: As `Selector.index`, for an undisturbed device.
     """
     selector = Selector(ProfileChain(tuple(profiles)))
-    energies = all(profile.energy_mj is not None for profile in profiles)
-    whole = budget if energies else replace(budget, energy_mj=None) if _others(budget) else None
-    if whole is not None:
+    unstated = any(profile.energy_mj is None for profile in profiles)
+    whole = replace(budget, energy_mj=None) if unstated and _others(budget) else budget
+    if whole.energy_mj is None or not unstated:
         selector.index(whole)
-    if budget.size_mb is None and budget.ram_mb is None:
-        return len(profiles) - 1
-    return selector.index(replace(budget, latency_ms=None, energy_mj=None))
+    least, most = 0, len(profiles) - 1
+    if budget.max_drift is not None:
+        alone = replace(budget, latency_ms=None, energy_mj=None, size_mb=None, ram_mb=None)
+        least = selector.index(alone)
+    if budget.size_mb is not None or budget.ram_mb is not None:
+        sizes = replace(budget, latency_ms=None, energy_mj=None, max_drift=None, level=None)
+        most = selector.index(sizes)
+    return least, most
 
 
 def _others(budget: Budget) -> bool:

@@ -138,7 +138,7 @@ class Loop:
         ups: Switches to a larger profile.
         downs: Switches to a smaller one.
         failed: Switches up that were taken back soon.
-        saturated: Whether even the smallest profile is predicted to be over the budget.
+        saturated: Whether even the smallest profile allowed is predicted to be over the budget.
     """
 
     def __init__(
@@ -148,6 +148,7 @@ class Loop:
         percentile: float = 95.0,
         law: Law | None = None,
         most: int | None = None,
+        least: int = 0,
     ) -> None:
         """Start at the largest profile whose recorded cost keeps the budget, or at the smallest.
 
@@ -157,9 +158,11 @@ class Loop:
             percentile: Of recent calls that must keep it, 50 to below 100.
             law: Constants; None: the defaults.
             most: Largest profile that is allowed; None: the last.
+            least: Smallest profile that is allowed.
 
         Raises:
-            ValueError: Costs or budget are not positive and finite, or no such percentile.
+            ValueError: Costs or budget are not positive and finite, or no such percentile or
+                profiles.
         """
         if not recorded or not all(0.0 < cost < math.inf for cost in recorded):
             raise ValueError(f"recorded costs are {list(recorded)}; each must be positive, finite")
@@ -170,6 +173,12 @@ class Loop:
         self._costs = array("d", accumulate(recorded, max))
         self._budget = budget
         self._most = len(recorded) - 1 if most is None else most
+        self._least = least
+        if not 0 <= least <= self._most < len(recorded):
+            raise ValueError(
+                f"profiles {least} to {self._most} of {len(recorded)}; least and most must be in "
+                "order and within"
+            )
         self._law = Law() if law is None else law
         self._window = Window(self._law, percentile)
         self._run = 0
@@ -181,7 +190,7 @@ class Loop:
         self._hold_until = -math.inf
         self.ups = self.downs = self.failed = 0
         self.index = self.fitting(1.0, self._most)
-        self.saturated = self._costs[0] > budget
+        self.saturated = self._costs[least] > budget
 
     @property
     def slowdown(self) -> float:
@@ -193,11 +202,14 @@ class Loop:
         return self._costs[index] * self.slowdown
 
     def fitting(self, factor: float, most: int) -> int:
-        """The largest profile up to `most` whose cost times a factor keeps the budget; or 0."""
-        for index in range(most, 0, -1):
+        """The largest profile up to `most` whose cost times a factor keeps the budget.
+
+        The smallest that is allowed where none does.
+        """
+        for index in range(most, self._least, -1):
             if self._costs[index] * factor <= self._budget:
                 return index
-        return 0
+        return self._least
 
     def observe(self, now_s: float, ratio: float) -> int:
         """Take one call's slowdown; the profile to run next.
@@ -214,11 +226,11 @@ class Loop:
         spare = self._spare()
         tail = window.tail(spare)
         if window.above(room / law.down) > max(1, spare):
-            if self.index > 0:
+            if self.index > self._least:
                 self._down(now_s, tail)
         elif self.index < self._most and len(window) >= law.least:
             self._up(now_s, tail)
-        self.saturated = self._costs[0] * tail > self._budget
+        self.saturated = self._costs[self._least] * tail > self._budget
         return self.index
 
     def _spare(self) -> int:
@@ -228,7 +240,7 @@ class Loop:
         over: leaving a profile for what none avoids gives up accuracy for nothing.
         """
         allowed = self._window.above_allowed()
-        hopeless = self._window.above(self._budget / self._costs[0])
+        hopeless = self._window.above(self._budget / self._costs[self._least])
         most = min(allowed + max(2, allowed // 2), len(self._window) - 1)
         return max(allowed, min(hopeless, most))
 

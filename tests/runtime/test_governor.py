@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import t3c
+from t3c.core.certificate import Bound, Calibrated, Certificate
 from t3c.core.errors import InfeasibleBudget
 from t3c.core.profile import Profile
 from t3c.runtime.governor import Governor, govern
@@ -136,6 +138,29 @@ def test_sizes_are_fixed_limits() -> None:
         drive(plant, g, 5.0)
         assert g.within(1e3) == "p2"
     assert plant.switches() == 0
+
+
+def test_no_load_makes_it_leave_what_the_drift_allows() -> None:
+    def bounded(bound: float) -> Certificate:
+        return Certificate(calibrated=Calibrated((Bound(0.9, bound, bound, 0.1, (1.0,)),), 50, "0"))
+
+    plant = Plant(step(1.5, 1.0, 5.0))
+    plant.profiles = tuple(
+        replace(p, certificate=bounded(1.0 - i / 10)) for i, p in enumerate(plant.profiles)
+    )
+    with governed(plant, max_drift=0.75) as g:  # p3 has 0.7
+        drive(plant, g, 5.0)
+        assert g.profile == "p3"
+        assert g.statistics()["saturated"]
+        assert min(i for _, i, _ in plant.log) == 3
+        with pytest.raises(InfeasibleBudget, match="profile 'p3'"):
+            g.within(6.0)
+        drive(plant, g, 8.0)
+        assert g.profile == "max"
+    with pytest.raises(InfeasibleBudget, match=r"max_drift=0\.1"):
+        governed(plant, max_drift=0.1)
+    with pytest.raises(InfeasibleBudget, match="so little drift needs"):
+        governed(plant, max_drift=0.35, latency_ms=7.0)
 
 
 def test_statistics_are_json_and_prometheus_and_agree() -> None:

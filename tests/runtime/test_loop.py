@@ -180,6 +180,10 @@ def test_it_never_exceeds_what_is_allowed_and_starts_where_the_record_says() -> 
     loop = Loop(RECORDED, 1.0, most=3)
     for i in range(1000):
         assert loop.observe(i * 5e-3, 0.9) == 3
+    loop = Loop(RECORDED, RECORDED[5], least=2)
+    for i in range(1000):
+        assert loop.observe(i * 5e-3, 9.0 if i > 100 else 1.0) >= 2
+    assert loop.index == 2
 
 
 def test_costs_are_raised_to_the_running_maximum() -> None:
@@ -224,6 +228,8 @@ def test_the_window_is_the_percentile_of_the_last_calls() -> None:
         (([1.0], 0.0), "budget is 0.0"),
         (([1.0], math.inf), "budget is inf"),
         (([1.0], math.nan), "budget is nan"),
+        (([1.0], 1.0, 95.0, None, 1), "profiles 0 to 1 of 1"),
+        (([1.0, 2.0], 1.0, 95.0, None, 0, 1), "profiles 1 to 0 of 2"),
         (([1.0], 1.0, 100.0), "percentile is 100.0; allowed are 50 to below 100"),
         (([1.0], 1.0, math.nan), "percentile is nan"),
     ],
