@@ -46,18 +46,19 @@ def walk(
     progress: Progress = silent,
     *,
     kept: Sequence[Mapping[str, Tensor]] | None = None,
+    exact: bool = False,
 ) -> None:
     """Call `renew` at every one of `sites`, in the order of the graph.
 
     Args:
         elastic: The model; `renew` may replace factors of the site that it is told.
         batches: Flat inputs, as the graph takes them; all are run side by side.
-        references: Site name -> format of the copies; sites left out are original. Ranks are run
-            in float.
+        references: Site name -> format of the copies; sites left out are original.
         sites: Names of sites that are called once.
         renew: Told the site and its inputs.
         progress: Told before every site.
         kept: For each batch, site -> which rows of its inputs count, bool [rows]; None: all.
+        exact: Whether the copies run on integers, as kernels do; else their ranks in float.
     """
     names = {nodes[0]: name for name, nodes in site_calls(elastic).items() if name in sites}
     layers = {
@@ -77,7 +78,7 @@ def walk(
             for formats, copy in zip(copies, lanes, strict=True):
                 if node in layers:
                     layer = layers[node]
-                    layer.state = ((formats or {}).get(layer.site.name), False)
+                    layer.state = ((formats or {}).get(layer.site.name), exact)
                 for lane in copy:
                     lane.step(node)
     progress("compensating", len(sites), len(sites))

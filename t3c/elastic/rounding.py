@@ -96,7 +96,7 @@ def round_groups(
 
 
 @torch.no_grad()
-def round_nested(weight: Tensor, moment: Tensor) -> Nested:
+def round_nested(weight: Tensor, moment: Tensor, four: Tensor | None = None) -> Nested:
     """Nested codes, both widths with error feedback of their own.
 
     Coarse codes follow the weights that 4-bit feedback made, fine codes make up the rest of the
@@ -106,6 +106,7 @@ def round_nested(weight: Tensor, moment: Tensor) -> Nested:
     Args:
         weight: [rows, cols].
         moment: [cols, cols], E[x x^T] of the inputs.
+        four: What the 4-bit codes shall stand for; None: the weight, like those of 8 bits.
 
     Raises:
         ValueError: The moment does not fit.
@@ -113,7 +114,8 @@ def round_nested(weight: Tensor, moment: Tensor) -> Nested:
     w = weight.detach().float()
     coarse, fine = torch.zeros_like(w), torch.zeros_like(w)
     scales = []
-    for at, streams in _streams(w, moment):
+    aim = w if four is None else four.detach().float()
+    for at, streams in _streams([aim, w], moment):
         (four, feed_four), (eight, feed_eight) = streams
         scale = clipped(four, feed_four.upper.diagonal(), shares=NESTED_CLIPS)
         scales.append(scale)
@@ -205,15 +207,15 @@ class _Feedback:
 
 def _blocks(weight: Tensor, moment: Tensor) -> Iterator[tuple[int, Tensor, _Feedback]]:
     """(first column, the columns with earlier errors fed in, feedback) of each block of 64."""
-    for at, (stream,) in _streams(weight, moment, 1):
+    for at, (stream,) in _streams([weight], moment):
         yield at, *stream
 
 
 def _streams(
-    weight: Tensor, moment: Tensor, count: int = 2
+    weights: Sequence[Tensor], moment: Tensor
 ) -> Iterator[tuple[int, list[tuple[Tensor, _Feedback]]]]:
-    """(first column, (columns, feedback) of each copy) of each block; copies feed back apart."""
-    cols = weight.shape[1]
+    """(first column, (columns, feedback) of each weight) of each block; each feeds back apart."""
+    cols = weights[0].shape[1]
     if moment.shape != (cols, cols):
         raise ValueError(
             f"moment is {tuple(moment.shape)}; need [{cols}, {cols}] for these weights"
@@ -223,7 +225,7 @@ def _streams(
     damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    rests = [weight.clone() for _ in range(count)]
+    rests = [weight.clone() for weight in weights]
     for at in range(0, cols, GROUP):
         end = min(cols, at + GROUP)
         blocks = [rest[:, at:end] for rest in rests]

@@ -1,15 +1,15 @@
 """Compensation of upstream errors: nothing changes where nothing errs, less error where it does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from t3c.controller.calibrate import REFERENCES, collect, factorize, reference
+from t3c.controller.calibrate import REFERENCES, collect, factorize, reference, round_weights
 from t3c.controller.compensate import Pair, walk
-from t3c.core.formats import Format, LowRank
+from t3c.core.formats import Dense, Format, LowRank
 from t3c.elastic.model import ElasticModel
 from tests.controller import models
 
@@ -122,3 +122,26 @@ def test_rows_that_do_not_count_enter_no_moment() -> None:
     rows = torch.cat([batch[0][half] for batch in batches])
     torch.testing.assert_close(found["fc0"].total, rows.T @ rows)
     assert found["fc0"].rows == len(rows)
+
+
+def in_four_bits(menu: Sequence[Format], again: bool) -> ElasticModel:
+    model = models.block()
+    batches = models.more(model, ROWS)
+    formats = dict.fromkeys(model.sites, menu)
+    round_weights(model, collect(model, batches), formats, batches=batches if again else ())
+    return model
+
+
+@pytest.mark.parametrize("menu", [[Dense(4)], [Dense(8), Dense(4)]], ids=["alone", "nested"])
+def test_four_bits_make_up_for_four_bits_before_them(menu: list[Format]) -> None:
+    plain, aimed = (in_four_bits(menu, again) for again in (False, True))
+    four: dict[str, Format] = dict.fromkeys(plain.sites, Dense(4))
+    for site in ("o", "down"):
+        assert off(aimed, four, site) < 0.85 * off(plain, four, site)
+    for site in ("q", "k", "v"):  # nothing before them errs
+        codes = [m.layers[site].codes_of("weight", 4) for m in (plain, aimed)]
+        assert all(torch.equal(one, two) for one, two in zip(*codes, strict=True))
+    if Dense(8) in menu:
+        eight: dict[str, Format] = dict.fromkeys(plain.sites, Dense(8))
+        for site in ("o", "down"):
+            assert off(aimed, eight, site) < 0.1 * off(aimed, four, site)
