@@ -28,6 +28,8 @@ GROWING = (
     "bits", "batch",
 )  # fmt: skip
 """Numbers with which time never falls."""
+FEW = 4
+"""Linear layers of so many rows at most have kernels that wait for weights."""
 FALLING = ("threads",)
 """Numbers with which time never rises."""
 NAMES = (*KINDS, *GROWING, *FALLING)
@@ -38,7 +40,7 @@ def kind_of(row: Row) -> str:
     """Which kernels compute a row: those of one kind share the constants of their prior."""
     name = type(row.format).__name__.lower()
     if isinstance(row.site, LinearSite):
-        return f"linear {name} {row.format.bits}"
+        return f"linear {name} {row.format.bits}{' few' if row.site.rows <= FEW else ''}"
     window = "1x1" if row.site.pointwise else "kxk"
     return f"conv {name} {window}{' codes' if row.codes else ''}"
 

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from t3c.core.artifact import write_atomic
 from t3c.core.errors import CostModelError
+from t3c.core.sites import LinearSite
 from t3c.cost_models.base import AbstractCostModel, Row, Work
 from t3c.cost_models.dataset import Dataset, ProfileRow, kernel_key
 from t3c.cost_models.device import Device
-from t3c.cost_models.features import CONSTRAINTS, Numbers, features, kind_of, work
+from t3c.cost_models.features import CONSTRAINTS, FEW, Numbers, features, kind_of, work
 from t3c.cost_models.roofline import RooflineModel, non_negative
 from t3c.targets.base import Roofline, TargetSpec
 
@@ -229,9 +230,17 @@ class LearnedModel(AbstractCostModel):
         return np.array([self._prior_of(row) for row in rows])
 
     def _prior_of(self, row: Row) -> float:
-        seconds = self._weighed(row)
         if row.format.bits == 4:
-            return min(seconds, self._weighed(replace(row, format=replace(row.format, bits=8))))
+            eight = replace(row, format=replace(row.format, bits=8))
+            return min(self._rising(row), self._rising(eight))
+        return self._rising(row)
+
+    def _rising(self, row: Row) -> float:
+        """More rows never take less than a few, though other kernels compute them."""
+        seconds = self._weighed(row)
+        if isinstance(row.site, LinearSite) and row.site.rows > FEW:
+            few = replace(row, site=replace(row.site, rows=FEW))
+            return max(seconds, self._weighed(few))
         return seconds
 
     def _weighed(self, row: Row) -> float:

@@ -33,8 +33,9 @@ class Score:
         rows: How many.
         mape: Mean absolute error, share of the measured time.
         spearman: Correlation of ranks.
-        sign: Share of formats of which faster or slower than dense int8 is told right; NaN: none.
-        signs: Formats behind `sign`: those that differ from dense by more than `NOISE`.
+        sign: Share of factorized formats, or profiles, of which faster or slower than dense (of the
+            same bits) is told right; NaN: none.
+        signs: How many are behind `sign`: those that differ from dense by more than `NOISE`.
         coverage: Share that the intervals hold; NaN: no intervals.
     """
 
@@ -145,7 +146,8 @@ def kernel_scores(kernels: Sequence[KernelRow], spec: TargetSpec) -> dict[str, S
             predicted.setdefault(name, np.zeros(len(rows)))[out] = values
         low, high = np.array(model.predict_interval(asked)).T
         held[out] = (low <= times[out]) & (times[out] <= high)
-    dense = _dense_of(groups, [isinstance(r.format, Dense) and r.format.bits == 8 for r in rows])
+    shapes = [f"{g} {row.format.bits}" for g, row in zip(groups, rows, strict=True)]
+    dense = _dense_of(shapes, [isinstance(row.format, Dense) for row in rows])
     scores = {name: score(times, values, dense) for name, values in predicted.items()}
     return {**scores, "learned": score(times, predicted["learned"], dense, held)}
 

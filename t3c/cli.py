@@ -569,7 +569,7 @@ def measure(
         str | None, typer.Option(help="What to call a remote device; none: it is this machine.")
     ] = None,
     key: Annotated[str, typer.Option(help="Key of RPC servers.")] = "",
-    kernels: Annotated[int, typer.Option(min=1, help="Layers to measure, about.")] = 560,
+    kernels: Annotated[int, typer.Option(min=1, help="Layers to measure, about.")] = 480,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -44,7 +44,7 @@ class Host:
             module = tvm.runtime.load_module(str(unit.library))
         else:
             remote = f"{unit.path.name}.so"
-            self._session.upload(str(unit.library), remote)
+            self._session.upload(bytearray(unit.library.read_bytes()), remote)
             module = self._session.load_module(remote)
         return Loaded(unit, module, self._device, self._session is None)
 

@@ -1,5 +1,6 @@
 """Measure designed layers and small networks on one or several devices, into a dataset."""
 
+import gc
 import hashlib
 import json
 import os
@@ -89,7 +90,7 @@ class Plan:
         networks: Names of networks of the zoo.
     """
 
-    kernels: int = 560
+    kernels: int = 480
     networks: tuple[str, ...] = tuple(NETWORKS)
 
     def jobs(self, spec: TargetSpec, threads: int) -> list[Job]:
@@ -294,9 +295,13 @@ def _quiet_workers() -> Iterator[None]:
 
 def _build(given: tuple[Job, TargetSpec, int, Path]) -> Unit:
     job, spec, threads, path = given
-    if job.rows:
-        return build_shard(job.name, job.rows, job.groups, spec, path)
-    return build_network(NETWORKS[job.name], spec, threads, path)
+    gc.disable()  # kernel text becomes large trees; looking for cycles in them takes long
+    try:
+        if job.rows:
+            return build_shard(job.name, job.rows, job.groups, spec, path)
+        return build_network(NETWORKS[job.name], spec, threads, path)
+    finally:
+        gc.enable()
 
 
 @dataclass(slots=True)
@@ -469,9 +474,8 @@ def _cache(spec: TargetSpec) -> Path:
     root = (Path(base) if base else Path.home() / ".cache") / "t3c" / "measure"
     total = hashlib.sha256(f"{spec.name} {spec.mcpu} {platform.python_version()}".encode())
     here = Path(t3c.codegen.__file__).parent
-    for file in sorted(
-        [*here.rglob("*.py"), *here.rglob("*.jsonl"), *Path(__file__).parent.glob("*.py")]
-    ):
+    own = [Path(__file__).with_name(f"{name}.py") for name in ("units", "zoo")]
+    for file in sorted([*here.rglob("*.py"), *here.rglob("*.jsonl"), *own]):
         total.update(file.read_bytes())
     return root / f"{spec.name}-{total.hexdigest()[:12]}"
 

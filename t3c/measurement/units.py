@@ -270,12 +270,13 @@ def choose(
     found: dict[str, dict[str, Format]] = {"dense": dict.fromkeys(sites, Dense(8))}
     for name, share in SHARES.items():
         found[name] = {s: menu(site, spec.rank_step, (share,))[-1] for s, site in sites.items()}
+    whole = list(found.values())  # mixed profiles call the same kernels: few are compiled
     for i in range(MIXED):
         drawn: dict[str, Format] = {}
         for name, site in sites.items():
-            less = four and isinstance(site, LinearSite) and rng.random() < 0.3
-            listed = menu(site, spec.rank_step, four=less)
-            drawn[name] = listed[int(rng.integers(len(listed)))]
+            drawn[name] = whole[int(rng.integers(len(whole)))][name]
+            if four and isinstance(site, LinearSite) and rng.random() < 0.25:
+                drawn[name] = Dense(4)
         found[f"mixed{i}"] = drawn
     return found
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from t3c.core.errors import T3CError
+from t3c.cost_models import meters
 from t3c.runtime import emulate, host
 from t3c.targets import TARGETS, TargetSpec, cpu_features, detect_host, get
 
@@ -228,11 +229,6 @@ def _cuda() -> Iterable[Check]:
 
 
 def _energy() -> Iterable[Check]:
-    counter = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-    if not counter.exists():
-        advice = "energy of CPU profiles stays unknown or estimated"
-        yield Check("energy counter", "warning", "no RAPL counter", advice)
-    elif not os.access(counter, os.R_OK):
-        yield Check("energy counter", "warning", "no right to read", f"chmod a+r {counter}")
-    else:
-        yield Check("energy counter", "ok", str(counter))
+    for meter in meters.access():
+        state: State = "ok" if meter.works else "warning"
+        yield Check(f"energy meter {meter.name}", state, meter.found, meter.advice)
