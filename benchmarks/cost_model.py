@@ -129,21 +129,20 @@ def larger(row: Row, rng: np.random.Generator) -> Row:
 
 def met(found: dict[str, Any]) -> dict[str, bool]:
     """Which of the wishes came true."""
-    kernels, networks = found["kernels"], found["networks"]
     low, high = WANTED["coverage at least"], WANTED["coverage at most"]
-    mine, others = {}, {}
-    for kind, scores in (("kernels", kernels), ("networks", networks)):
-        mine[kind] = scores["learned"]
-        others[kind] = [s for name, s in scores.items() if name != "learned"]
+    mine = {kind: scores["learned"] for kind, scores in found.items()}
+    networks = mine["networks"]
     return {
-        "networks' error": networks["learned"]["mape"] <= WANTED["networks' error at most"],
-        "networks' rank correlation": networks["learned"]["spearman"]
+        "networks' error": networks["mape"] <= WANTED["networks' error at most"],
+        "networks' rank correlation": networks["spearman"]
         >= WANTED["networks' rank correlation at least"],
         **{f"{kind}' coverage": low <= mine[kind]["coverage"] <= high for kind in mine},
         **{f"{kind}' sign": mine[kind]["sign"] >= WANTED["sign at least"] for kind in mine},
         **{
-            f"{kind} nearer than all others": all(mine[kind]["mape"] < o["mape"] for o in rest)
-            for kind, rest in others.items()
+            f"{kind} nearer than {name}": mine[kind]["mape"] < other["mape"]
+            for kind, scores in found.items()
+            for name, other in scores.items()
+            if name != "learned"
         },
     }
 

@@ -45,8 +45,8 @@ from t3c.targets.base import TargetSpec
 Progress = Callable[[str, int, int], None]
 PROFILES = ("dense", *SHARES, *(f"mixed{i}" for i in range(MIXED)))
 SHARD = 20
-"""Layers of a shard: their weights together are as those of a small network, so that a call meets them
-in the cache that a network's call would."""
+"""Layers of a shard. Together their weights are as large as those of a small network, so that they
+are met in the cache where a network would meet them."""
 BATCH = 6
 """Units that are timed in turns."""
 ROUNDS = 8
