@@ -260,6 +260,7 @@ def proxies(
         "sites_measured": len(meter.gains.measured),
         "seconds_per_plan": sorted(per_plan)[len(per_plan) // 2],
         "variants": counted(whole),
+        "variants_of_the_chain": counted([n for n in whole if n.startswith("chain")]),
         "kept_dense": list(case.dense),
         "plans_with_them_dense": len(others) if case.dense else None,
         "variants_with_them_dense": counted(others) if case.dense else None,
