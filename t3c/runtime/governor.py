@@ -22,7 +22,7 @@ from t3c.runtime.loop import Law, Loop
 METER_EVERY_S = 0.1
 """Time between two readings of a meter: counters of processors step every millisecond, so that a
 shorter one would be read off by more than a hundredth."""
-ENERGY_LAW = Law(window=16, horizon_s=1.0, least=3, run=3)
+ENERGY_LAW = Law(window=16, horizon_s=1.0, keep=3, least=3, run=3)
 """Of energies, which come ten times a second."""
 
 

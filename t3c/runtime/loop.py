@@ -24,15 +24,16 @@ class Law:
 
     Attributes:
         window: Calls that the percentile is taken over, at most.
-        horizon_s: Calls older than this are forgotten, as long as `least` newer ones are known.
-        least: Calls that must be known before going up.
+        horizon_s: Calls older than this are forgotten, as long as enough newer ones are known.
+        keep: So many are enough for staying: fewer cannot show a percentile of slow calls.
+        least: So many are enough for going up, so that slow calls recover, too.
         down: Factor on the predicted cost above which the present profile is left: margin for the
             error of a percentile of a window.
         up: The same for a larger profile; the difference to `down` is the hysteresis.
         probe: The same after a time of `patience`, one step up, for budgets close to a cost.
         run: So many calls over the budget in a row are a new load: older calls are forgotten.
         dwell_s: Time after a switch before going up.
-        trial_s: A switch up that is taken back within this time has failed.
+        trial_s: A switch up that is taken back within this time, or `keep` calls, has failed.
         hold_s: Time without going up after a failure; doubles with each further one.
         longest_hold_s: Its limit.
         better: Share of the slowdown of the failed attempt below which it is tried again at once.
@@ -41,6 +42,7 @@ class Law:
 
     window: int = 128
     horizon_s: float = 1.0
+    keep: int = 32
     least: int = 8
     down: float = 1.02
     up: float = 1.06
@@ -55,11 +57,11 @@ class Law:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("window", "least", "run"):
+        for name in ("window", "keep", "least", "run"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        if max(self.least, self.run) > self.window:
-            raise ValueError(f"a window of {self.window} calls holds neither least nor run")
+        if max(self.keep, self.least, self.run) > self.window:
+            raise ValueError(f"a window of {self.window} calls is below keep, least or run")
         for name in ("horizon_s", "dwell_s", "trial_s", "hold_s", "longest_hold_s", "patience"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive, finite number")
@@ -75,14 +77,15 @@ class Law:
 class Window:
     """The last slowdowns, by age and by size, in memory that is never asked for again."""
 
-    def __init__(self, law: Law, percentile: float) -> None:
-        """Take limits from the law.
+    def __init__(self, law: Law, percentile: float, least: int) -> None:
+        """Take limits.
 
         Args:
-            law: Its `window`, `horizon_s` and `least` are used.
-            percentile: Which one `tail` gives, 50 to below 100.
+            law: Its `window` and `horizon_s` are used.
+            percentile: Of the calls that may lie above the tail, 50 to below 100.
+            least: Calls that are known however old they are.
         """
-        self._law = law
+        self._law, self._least = law, least
         self._share = percentile / 100.0
         self._times = array("d", bytes(8 * law.window))
         self._values = array("d", bytes(8 * law.window))
@@ -101,7 +104,9 @@ class Window:
         self._times[self._next], self._values[self._next] = now_s, value
         self._next = (self._next + 1) % law.window
         insort(self.sorted, value)
-        while len(self.sorted) > law.least and self._times[self._oldest()] < now_s - law.horizon_s:
+        while (
+            len(self.sorted) > self._least and self._times[self._oldest()] < now_s - law.horizon_s
+        ):
             self._forget()
 
     def keep_last(self, count: int) -> None:
@@ -180,9 +185,11 @@ class Loop:
                 "order and within"
             )
         self._law = Law() if law is None else law
-        self._window = Window(self._law, percentile)
+        self._window = Window(self._law, percentile, self._law.keep)
+        self._recent = Window(self._law, percentile, self._law.least)
         self._run = 0
         self._switched = -math.inf
+        self._since = 0
         self._from: int | None = None
         self._believed = math.inf
         self._failed_at = 0.0
@@ -195,7 +202,7 @@ class Loop:
     @property
     def slowdown(self) -> float:
         """The percentile of measured over recorded cost of the last calls."""
-        return self._window.tail(self._spare())
+        return self._window.tail(self._spare(self._window))
 
     def predicted(self, index: int) -> float:
         """What the profile would cost now, at the percentile."""
@@ -218,36 +225,40 @@ class Loop:
             now_s: When it ended, on any clock that does not go back.
             ratio: Measured cost over recorded cost of the profile that ran.
         """
-        law, window, room = self._law, self._window, self._budget / self._costs[self.index]
+        law, window, recent = self._law, self._window, self._recent
+        room = self._budget / self._costs[self.index]
         window.push(now_s, ratio)
+        recent.push(now_s, ratio)
+        self._since += 1
         self._run = self._run + 1 if ratio > room else 0
         if self._run == law.run:
             window.keep_last(law.run)
-        spare = self._spare()
+            recent.keep_last(law.run)
+        spare = self._spare(window)
         tail = window.tail(spare)
         if window.above(room / law.down) > max(1, spare):
             if self.index > self._least:
                 self._down(now_s, tail)
-        elif self.index < self._most and len(window) >= law.least:
-            self._up(now_s, tail)
+        elif self.index < self._most and len(recent) >= law.least:
+            self._up(now_s, recent.tail(self._spare(recent)))
         self.saturated = self._costs[self._least] * tail > self._budget
         return self.index
 
-    def _spare(self) -> int:
-        """So many calls of the window may lie over the budget.
+    def _spare(self, window: Window) -> int:
+        """So many calls of a window may lie over the budget.
 
         Those that the percentile allows; a few more where even the smallest profile would have been
         over: leaving a profile for what none avoids gives up accuracy for nothing.
         """
-        allowed = self._window.above_allowed()
-        hopeless = self._window.above(self._budget / self._costs[self._least])
-        most = min(allowed + max(2, allowed // 2), len(self._window) - 1)
+        allowed = window.above_allowed()
+        hopeless = window.above(self._budget / self._costs[self._least])
+        most = min(allowed + max(2, allowed // 2), len(window) - 1)
         return max(allowed, min(hopeless, most))
 
     def _down(self, now_s: float, tail: float) -> None:
         law, target = self._law, self.fitting(tail * self._law.up, self.index - 1)
         if self._from is not None:  # the last switch went up
-            if now_s - self._switched < law.trial_s:
+            if now_s - self._switched < law.trial_s or self._since < law.keep:
                 self.failed += 1
                 self._hold_until = now_s + self._hold
                 self._hold = min(2.0 * self._hold, law.longest_hold_s)
@@ -257,7 +268,7 @@ class Loop:
                 self._hold = law.hold_s
         self.downs += 1
         self._from = None
-        self._switched = now_s
+        self._switched, self._since = now_s, 0
         self.index = target
 
     def _up(self, now_s: float, tail: float) -> None:
@@ -272,8 +283,9 @@ class Loop:
             if not near or waited < law.patience * self._hold:
                 return
             target = self.index + 1
+        self._window.keep_last(len(self._recent))  # what is older is over
         self.ups += 1
         self._from = self.index
-        self._switched = now_s
+        self._switched, self._since = now_s, 0
         self._believed = tail
         self.index = target

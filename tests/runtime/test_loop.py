@@ -54,6 +54,18 @@ def test_slow_networks_recover_within_2_s_and_ten_calls(calls_s: float) -> None:
     assert plant.back(LAST, 30.0) < max(2.0, 10 * calls_s)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_slow_calls_on_a_device_that_others_use_all_the_time_keep_the_percentile(seed: int) -> None:
+    seconds = tuple(s / SECONDS[-1] * 0.1 for s in SECONDS)
+    plant = Plant(slices=lambda now: (0.12, 30.0), seconds=seconds, seed=seed)
+    budget = 0.12
+    play(plant, 200.0, budget)
+    held = Plant(slices=lambda now: (0.12, 30.0), seconds=seconds, seed=seed)
+    assert fixed(held, 200.0).over(budget) > 0.08
+    assert plant.over(budget) < 0.05
+    assert plant.switches() <= 100  # of 2300 calls, most while it learns that nothing changes
+
+
 def test_the_largest_profile_that_fits_under_load_is_taken() -> None:
     for factor in (1.15, 1.3, 1.5):
         plant = Plant(step(factor, 0.0, 20.0))
@@ -201,8 +213,8 @@ def test_silence_is_no_news() -> None:
 
 
 def test_the_window_is_the_percentile_of_the_last_calls() -> None:
-    law, draw = Law(window=16, horizon_s=1.0, least=4), random.Random(1)
-    window, values, now = Window(law, 75.0), [], 0.0
+    law, draw = Law(window=16, horizon_s=1.0, keep=4, least=4), random.Random(1)
+    window, values, now = Window(law, 75.0, 4), [], 0.0
     for _ in range(500):
         now += draw.choice([0.01, 0.02, 0.3])
         values.append((now, draw.choice([draw.random(), 0.5])))
@@ -216,7 +228,7 @@ def test_the_window_is_the_percentile_of_the_last_calls() -> None:
         assert window.above(0.5) == sum(v > 0.5 for v in kept)
     window.keep_last(3)
     assert window.sorted == sorted(v for _, v in values[-3:])
-    assert Window(law, 75.0).tail(0) == 1.0
+    assert Window(law, 75.0, 4).tail(0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -243,7 +255,7 @@ def test_bad_arguments_are_refused(arguments: tuple[object, ...], match: str) ->
     ("changes", "match"),
     [
         ({"window": 0}, "window is 0"),
-        ({"window": 4}, "holds neither"),
+        ({"window": 4}, "below keep, least or run"),
         ({"horizon_s": 0.0}, "horizon_s is 0"),
         ({"hold_s": math.inf}, "hold_s is inf"),
         ({"down": 1.1, "up": 1.0}, "need 1 <= down <= probe <= up"),
