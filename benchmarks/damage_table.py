@@ -3,7 +3,7 @@
 Workers take turns on one calibration text; processor seconds stand beside seconds, because other
 programs on the machine stretch the latter. Swaps are scored on calibration texts and judged on
 texts that nothing was fitted to. ``python -m benchmarks.damage_table`` writes damage_table.json in
-about four minutes of one core.
+about four minutes of an idle core.
 """
 
 import argparse
