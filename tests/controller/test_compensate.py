@@ -9,8 +9,10 @@ from torch import Tensor
 
 from t3c.controller.calibrate import REFERENCES, collect, factorize, reference, round_weights
 from t3c.controller.compensate import Pair, walk
+from t3c.controller.plan import plan
 from t3c.core.formats import Dense, Format, LowRank
 from t3c.elastic.model import ElasticModel
+from t3c.targets import get
 from tests.controller import models
 
 ROWS = 40
@@ -145,3 +147,12 @@ def test_four_bits_make_up_for_four_bits_before_them(menu: list[Format]) -> None
         eight: dict[str, Format] = dict.fromkeys(plain.sites, Dense(8))
         for site in ("o", "down"):
             assert off(aimed, eight, site) < 0.1 * off(aimed, four, site)
+
+
+def test_the_planner_gives_its_batches_to_factorizers_that_need_them() -> None:
+    plain, aimed = (with_factorizer(models.mlp(), n) for n in ("kronecker-svd", "saes-svd"))
+    for model in (plain, aimed):
+        plan(model, models.more(model, 4), get("x86"), profiles=2, seconds=0.5)
+    one, two = (model.layers["fc2"].factor("low") for model in (plain, aimed))
+    assert one.shape == two.shape
+    assert not torch.equal(one, two)
