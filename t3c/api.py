@@ -238,6 +238,7 @@ def lower(
         )
     where = Path(out) if out is not None else Path(f"{type(model).__name__.lower()}-{spec.name}")
     check_replaceable(where)  # before the work, not after it
+    predict = _predictor(cost_model, spec, threads)
     notes = Notes(say)
     if isinstance(model, ElasticModel):
         elastic = model
@@ -271,7 +272,7 @@ def lower(
         objective=objective,
         progress=progress,
         **({} if table is None else {"table": Path(table)}),
-        **_predictor(cost_model, spec, threads),
+        **predict,
     )
     notes.add(*chosen.notes)
     if domain is not None and any(elastic.corrections(p.formats) for p in chosen.chain):

@@ -23,6 +23,8 @@ from t3c.core.artifact import Artifact
 from t3c.core.errors import CertificateError
 from t3c.core.formats import Dense, at_most
 from t3c.core.profile import Label
+from t3c.cost_models.device import this_device
+from t3c.cost_models.learned import LearnedModel
 from t3c.elastic.shadow import relative
 from t3c.targets.base import Roofline
 
@@ -377,6 +379,30 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     with pytest.raises(t3c.PassError, match="layer '1': its weight holds NaN or infinity"):
         small(model=model, out=tmp_path / "net")
     assert not (tmp_path / "net").exists()
+
+
+def test_a_cost_model_reaches_the_planner_and_a_stale_one_is_refused(tmp_path: Path) -> None:
+    class Planned(Exception):
+        pass
+
+    seen: list[dict[str, Any]] = []
+
+    def planner(*_: Any, **options: Any) -> Any:
+        seen.append(options)
+        raise Planned
+
+    spec = targets.get("x86-64")
+    model = replace(LearnedModel.of(spec), device=this_device(spec))
+    model.save(tmp_path / "model.json")
+    for given in ("learned", tmp_path / "model.json", "roofline"):
+        with pytest.raises(Planned):
+            small(out=tmp_path / "net", target=spec, planner=planner, cost_model=given)
+    assert [options.get("model") for options in seen] == [LearnedModel.of(spec), model, None]
+    stale = replace(model, device=replace(this_device(spec), cpu="Other"))
+    with pytest.raises(t3c.CostModelError, match="stale here: it was measured with cpu 'Other'"):
+        small(out=tmp_path / "net", target=spec, planner=planner, cost_model=stale)
+    with pytest.raises(t3c.CostModelError, match="no readable cost model"):
+        small(out=tmp_path / "net", cost_model=tmp_path / "none.json")
 
 
 def test_a_branch_on_values_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from t3c.core.errors import (
     TargetError,
 )
 from t3c.core.manifest import Manifest, TargetInfo
+from t3c.cost_models.learned import LearnedModel
 from t3c.runtime import record
+from tests.cost_models.measured import DEVICE, dataset
 from tests.runtime import toy
 
 
@@ -386,3 +388,36 @@ def test_certify_runs_on_the_data_that_the_model_brings(
     without = call("certify", artifact.path, "some_models:net")
     assert without.exit_code != 0
     assert "returns no data" in without.stderr
+
+
+def test_fit_writes_a_model_and_its_scores(tmp_path: Path) -> None:
+    rows = dataset(tmp_path / "rows.jsonl", 60, 4)
+    model = tmp_path / "model.json"
+    found = call("fit", rows.path, "-o", model, "--json")
+    assert found.exit_code == 0, found.output
+    scores = json.loads(found.stdout)["scores"]
+    assert set(scores["kernels"]) == {"learned", "roofline", "roofline, fitted", "table"}
+    assert {"mape", "spearman", "coverage"} <= set(scores["networks"]["learned"])
+    assert LearnedModel.load(model).device == DEVICE
+
+
+def test_rows_that_are_corrupted_or_missing_are_exit_code_5(tmp_path: Path) -> None:
+    rows = dataset(tmp_path / "rows.jsonl", 6, 2).path
+    assert call("fit", tmp_path / "none.jsonl").exit_code == 5
+    lines = rows.read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace("linear", "conv", 1)
+    rows.write_text("".join(lines))
+    found = call("fit", rows, "-o", tmp_path / "model.json")
+    assert found.exit_code == 5
+    assert "line 3: corrupted" in found.stderr
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_measure_refuses_a_device_that_is_none_and_rows_of_another(tmp_path: Path) -> None:
+    wrong = call("measure", "--device", "nowhere", "-o", tmp_path / "new.jsonl")
+    assert wrong.exit_code == 2
+    assert "host:port" in wrong.stderr
+    rows = dataset(tmp_path / "rows.jsonl", 6, 2).path
+    other = call("measure", "-o", rows)
+    assert other.exit_code == 5
+    assert "holds rows of another device" in other.stderr
