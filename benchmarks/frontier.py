@@ -49,7 +49,7 @@ CALIBRATION, TABLE = 320, 16
 """Texts behind the factors; others behind the damage table."""
 SHARES = (0.85, 0.75, 0.66, 0.57, 0.47)
 """Of the multiply-adds of dense linear layers."""
-SIZES = (0.7, 0.45)
+SIZES = (0.85, 0.7, 0.45, 0.38)
 """Of the bytes of dense int8, beside those of dense int8 and dense int4 themselves."""
 WANTED = {0.75: 0.26, 0.57: 0.43}
 """Share of the multiply-adds -> drift that it shall cost at most."""
