@@ -299,11 +299,12 @@ def small(**options: Any) -> Artifact:
 def test_a_domain_puts_a_proven_bound_of_every_profile_into_the_manifest(tmp_path: Path) -> None:
     ends = torch.full((2, 64), 0.1)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
+    first, last = nn.Linear(64, 96), nn.Linear(96, 32)
     with torch.no_grad():  # two classes above the others, some margins above the bound
-        model[0].weight *= 4
-        model[2].weight[:2] *= 4
-        model[2].bias[:2] += torch.tensor([2.0, 1.0])
+        first.weight *= 4
+        last.weight[:2] *= 4
+        last.bias[:2] += torch.tensor([2.0, 1.0])
+    model = nn.Sequential(first, nn.ReLU(), last).eval()
     artifact = small(model=model, out=tmp_path / "net", domain=Domain.box(-ends, ends))
     found = [p.profile.certificate.sound for p in artifact.manifest.profiles]
     assert all(s is not None and s.status != "unavailable" and 0 < s.value < 100 for s in found)
