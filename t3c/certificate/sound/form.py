@@ -23,7 +23,8 @@ BUDGET = 24_000_000
 
 
 CUT = 2.0
-"""How many times wider than its known ends an element's symbols may be; tried 1, 2 and 4."""
+"""How many times wider than its known ends an element's symbols may be; a choice, not a measured
+one."""
 
 
 class NoRule(Exception):
