@@ -177,7 +177,7 @@ class ElasticLayer(nn.Module, ABC):
         """Use these factors from now on.
 
         Raises:
-            ValueError: A name is unknown, or a shape does not fit the weight.
+            ValueError: A name is unknown, a shape does not fit, or values are not finite.
         """
         shapes = self._shapes()
         for name, value in factors.items():
@@ -193,6 +193,11 @@ class ElasticLayer(nn.Module, ABC):
                 raise ValueError(
                     f"site {self.site.name!r}: {name} is {tuple(value.shape)}, needs "
                     f"{tuple('rank' if w is None else w for w in want)}"
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"site {self.site.name!r}: {name} holds NaN or infinity; check the calibration "
+                    "data and what made the factors"
                 )
         for name, value in factors.items():
             value = value.clone() if value.is_inference() else value

@@ -188,6 +188,8 @@ def test_wrong_factors_codes_and_weights_are_refused() -> None:
         layer.set_factors({"core": torch.randn(2, 2)})
     with pytest.raises(ValueError, match="low is"):
         layer.set_factors({"low": torch.randn(2, 5)})
+    with pytest.raises(ValueError, match="low holds NaN or infinity"):
+        layer.set_factors({"low": torch.full((2, layer.site.k), float("nan"))})
     with pytest.raises(ValueError, match="codes of weight"):
         layer.set_codes("weight", linear(3, 6).codes([Dense()]).dense)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="its weight"):

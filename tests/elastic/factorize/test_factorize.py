@@ -1,6 +1,5 @@
 """What every factorizer keeps, and what each promises."""
 
-
 import pytest
 import torch
 from torch.nn import functional
