@@ -1,6 +1,6 @@
 """Many layers, each in a format, as one function whose kernels are timed one by one.
 
-    trace_shard(weights, arena, stamps) -> 0        stamps: the cycle counter between kernels
+    trace_shard0(weights, arena, stamps) -> 0        stamps: the cycle counter between kernels
 
 Layers run one after the other, as in a network: each with weights of its own, its input where the
 layer before wrote. Everything lies in one arena, so that a host needs no more than the library and
@@ -31,8 +31,6 @@ from t3c.core.errors import LoweringError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.sites import ConvSite, LinearSite, Site
 
-FUNCTION = "trace_shard"
-
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -54,11 +52,13 @@ class Shard:
     """A compiled function of layers.
 
     Attributes:
+        function: Its name.
         layers: Number of the layer of each kernel call, in order.
         arena_bytes: Memory that it works in; `fill` says what must lie there.
         weight_bytes: Packed weights of each layer, bytes.
     """
 
+    function: str
     layers: tuple[int, ...]
     arena_bytes: int
     weight_bytes: tuple[int, ...]
@@ -173,42 +173,50 @@ def shapes_of(site: ConvSite, fmt: Format) -> SiteCodes:
             return SiteCodes(bias, cp_tall=tall, cp_wide=wide, cp_in=inner, cp_out=outer)
 
 
-def compile_shard(layers: Sequence[Layer], spec: Any, path: Path) -> Shard:
-    """Compile layers into one shared library with the function `FUNCTION`.
+def compile_shards(layers: Sequence[Layer], size: int, spec: Any, path: Path) -> list[Shard]:
+    """Compile layers into one shared library.
 
     Args:
         layers: What to time, in this order.
+        size: Layers of a function, at most.
         spec: The target; a CPU.
         path: The library to write.
+
+    Returns:
+        Its functions.
 
     Raises:
         LoweringError: A kernel does not fit the target.
     """
     families = families_of(spec)
-    made = _Arena()
-    for number, layer in enumerate(layers):
-        made.add(number, steps(layer, families))
-    program = Program(tuple(made.calls), (), (), ())
-    places = {i: Place(offset) for i, offset in enumerate(made.offsets())}
-    layout = Layout(places, made.bytes, ())
+    kernels: dict[str, Any] = {}
+    shards: list[Shard] = []
+    texts: list[str] = []
+    for start in range(0, len(layers), size):
+        made = _Arena(kernels)
+        for number, layer in enumerate(layers[start : start + size]):
+            made.add(number, steps(layer, families))
+        program = Program(tuple(made.calls), (), (), ())
+        places = {i: Place(offset) for i, offset in enumerate(made.offsets())}
+        layout = Layout(places, made.bytes, ())
+        name = f"trace_shard{len(shards)}"
+        texts.append(entry(name, program, layout, trace=True))
+        shards.append(Shard(name, tuple(made.of_call), made.bytes, tuple(made.weights)))
     target = tvm_target(spec)
     try:
         with tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
-            objects = [
-                machine_code.kernels(made.kernels, target),
-                machine_code.entries([entry(FUNCTION, program, layout, trace=True)], target),
-            ]
+            objects = [machine_code.kernels(kernels, target), machine_code.entries(texts, target)]
     except (RuntimeError, ValueError) as error:
         raise LoweringError(f"TVM cannot build layers for {spec.name!r}: {error}") from error
     machine_code.link(objects, path, None if is_host(spec) else spec.cross_compiler)
-    return Shard(tuple(made.of_call), made.bytes, tuple(made.weights))
+    return shards
 
 
 @dataclass(slots=True)
 class _Arena:
     """Gives every buffer its place: activations of all layers share the start, weights follow."""
 
-    kernels: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, Any]
     calls: list[Call] = field(default_factory=list)
     of_call: list[int] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)

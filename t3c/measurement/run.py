@@ -36,17 +36,16 @@ from t3c.cost_models.dataset import (
 )
 from t3c.cost_models.design import design
 from t3c.cost_models.device import Device, this_device
-from t3c.measurement.hosts import Host, Loaded, connect
-from t3c.measurement.units import MIXED, SHARES, Unit, build_network, build_shard
+from t3c.measurement.hosts import Host, connect
+from t3c.measurement.units import MIXED, SHARES, Function, Unit, build_network, build_shard
 from t3c.measurement.zoo import NETWORKS
 from t3c.runtime.threads import available_cores
 from t3c.targets.base import TargetSpec
 
 Progress = Callable[[str, int, int], None]
 PROFILES = ("dense", *SHARES, *(f"mixed{i}" for i in range(MIXED)))
-SHARD = 20
-"""Layers of a shard. Together their weights are as large as those of a small network, so that they
-are met in the cache where a network would meet them."""
+SHARD = 40
+"""Layers of a unit."""
 BATCH = 6
 """Units that are timed in turns."""
 ROUNDS = 8
@@ -414,18 +413,16 @@ def timed(units: Sequence[Unit], host: Host, threads: int) -> list[Measured]:
                     )
                 )
             else:
-                rows += _kernel_rows(function.rows, one, parts, note)
+                rows += _kernel_rows(function, parts, note)
     return rows
 
 
 def _kernel_rows(
-    layers: Sequence[Row],
-    loaded: Loaded,
+    function: Function,
     parts: np.ndarray[tuple[int, int], np.dtype[np.float64]],
     note: Mapping[str, float],
 ) -> list[Measured]:
-    """One row for each layer of a shard; `parts` is seconds [calls, kernels]."""
-    (function,) = loaded.unit.functions
+    """One row for each layer of a function; `parts` is seconds [calls, kernels]."""
     of_call = np.array(function.of_call)
     return [
         KernelRow(
@@ -434,7 +431,7 @@ def _kernel_rows(
             function.weight_bytes[i],
             function.groups[i],
         )
-        for i, layer in enumerate(layers)
+        for i, layer in enumerate(function.rows)
     ]
 
 

@@ -19,7 +19,7 @@ from t3c.codegen.build import Built, build, is_host, tvm_target
 from t3c.codegen.calls import ALIGNMENT
 from t3c.codegen.families import families_of
 from t3c.codegen.kernels.emit import Emitter, buffer
-from t3c.codegen.shards import FUNCTION, Layer, compile_shard, shapes_of
+from t3c.codegen.shards import Layer, compile_shards, shapes_of
 from t3c.controller.options import formats as menu
 from t3c.controller.suffix import Suffix
 from t3c.controller.work import rest_of
@@ -45,6 +45,9 @@ PLACE = "place_weights"
 SHARES = {"half": 0.5, "quarter": 0.25}
 MIXED = 2
 """Profiles with a format drawn for each layer, beside dense and `SHARES`."""
+TOGETHER = 8
+"""Layers of a function. Their weights are as large as those of a small network, so that they
+are met in the cache where a network's repeated calls would meet them."""
 Array = tuple[tuple[int, ...], str]
 """(shape, data type)."""
 
@@ -162,21 +165,26 @@ def build_shard(
     """
     path.mkdir(parents=True, exist_ok=True)
     layers = [Layer(row.site, row.format, row.codes) for row in rows]
-    shard = compile_shard(layers, spec, path / "lib.so")
-    function = Function(
-        trace=FUNCTION,
-        call="",
-        profile="",
-        arena_bytes=shard.arena_bytes,
-        inputs=(),
-        outputs=(),
-        weights=(0,),
-        rows=tuple(rows),
-        of_call=shard.layers,
-        weight_bytes=shard.weight_bytes,
-        groups=tuple(groups),
-    )
-    unit = Unit(path, name, False, (function,))
+    functions: list[Function] = []
+    for shard in compile_shards(layers, TOGETHER, spec, path / "lib.so"):
+        first = TOGETHER * len(functions)
+        own = slice(first, first + len(shard.weight_bytes))
+        functions.append(
+            Function(
+                trace=shard.function,
+                call="",
+                profile="",
+                arena_bytes=shard.arena_bytes,
+                inputs=(),
+                outputs=(),
+                weights=(0,),
+                rows=tuple(rows[own]),
+                of_call=shard.layers,
+                weight_bytes=shard.weight_bytes,
+                groups=tuple(groups[own]),
+            )
+        )
+    unit = Unit(path, name, False, tuple(functions))
     unit.write()
     return unit
 
