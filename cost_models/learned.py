@@ -303,7 +303,8 @@ class LearnedModel(AbstractCostModel):
             )
         if digest != _digest(document):
             raise CostModelError(f"{path} is damaged: its hash does not fit; fit the model again")
-        constants = {**document["constants"], "tile": tuple(document["constants"]["tile"])}
+        constants: dict[str, Any] = dict(document["constants"])
+        constants["tile"] = tuple(constants["tile"])
         device = document["device"]
         return cls(
             Roofline(**constants),

@@ -8,7 +8,7 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -282,7 +282,7 @@ def _built(
 
 
 @contextmanager
-def _quiet_workers() -> Iterator[None]:
+def _quiet_workers() -> Generator[None]:
     """Workers that start in here use one thread each for torch."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -99,7 +99,8 @@ class Function:
         for name in ("inputs", "outputs"):
             given[name] = tuple((tuple(shape), dtype) for shape, dtype in data[name])
         given["rows"] = tuple(row_of(row) for row in data["rows"])
-        return cls(**{**given, "rest": Work(**data["rest"])})
+        given["rest"] = Work(**data["rest"])
+        return cls(**given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +313,7 @@ def random_codes(
                 if (matrix := getattr(shapes, name)) is not None:
                     made[name] = _matrix(matrix.q.shape, rng)
         if inner is not None:
+            parts: dict[type[Format], tuple[str, ...]]
             parts = {LowRank: ("low",), Tucker2: ("reduce", "core")}
             made["grids"] = {p: inner for kind in largest for p in parts.get(kind, ())}
     else:

@@ -92,7 +92,7 @@ def _sound(certificate: Certificate) -> str:
 def _observed(found: Observed | None) -> tuple[str, str, str, str]:
     """Observed drift against the original, and against the largest profile."""
     if found is None:
-        return (UNKNOWN,) * 4
+        return UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN
     other = found.teacher
     return (
         number(found.p95),

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,7 +30,7 @@ LAYERS = Plan(kernels=1, networks=("mlp-1x768x3072-d3",))
 
 
 @contextmanager
-def servers(count: int, *more: str) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[int]]]:
+def servers(count: int, *more: str) -> Generator[tuple[list[subprocess.Popen[bytes]], list[int]]]:
     """So many servers and their ports; they end with the block."""
     made: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -52,6 +52,7 @@ def port_of(log: Path) -> int:
     limit = time.monotonic() + START_S
     while (found := re.search(r"bind to 127\.0\.0\.1:(\d+)", log.read_text())) is None:
         assert time.monotonic() < limit, log.read_text()
+        assert "Error" not in log.read_text(), log.read_text()
         time.sleep(0.1)
     return int(found[1])
 
@@ -76,7 +77,7 @@ def reach(ports: list[int]) -> list[Host]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short() -> Iterator[None]:
+def short() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ROUNDS", 1), ("SHARD", 2), ("BATCH", 1)):
             patch.setattr(run, name, value)

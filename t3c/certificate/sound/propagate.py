@@ -238,11 +238,13 @@ def _mixing(target: Any, args: Any, kwargs: dict[str, Any]) -> Pair | None:
     """Norms, softmax, attention, products; None: none of them."""
     p: Pair = args[0]
     if target is aten.layer_norm.default:
-        x, shape, gain, bias, eps = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]
+        given: tuple[Any, ...] = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]
+        x, shape, gain, bias, eps = given
         _last(shape, x)
         return normed.norm(x, gain, bias, eps, centred=True)
     if target is aten.rms_norm.default:
-        x, shape, gain, least = (*args, *(None, None)[len(args) - 2 :])[:4]
+        given = (*args, *(None, None)[len(args) - 2 :])[:4]
+        x, shape, gain, least = given
         _last(shape, x)
         eps = torch.finfo(torch.float32).eps if least is None else least
         return normed.norm(x, gain, None, eps, centred=False)
