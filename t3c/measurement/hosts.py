@@ -73,7 +73,8 @@ def connect(device: str, key: str = "", timeout_s: float = 60.0) -> list[Host]:
     except (RuntimeError, OSError) as error:
         raise TargetError(
             f"device {device!r} cannot be reached: {str(error).strip().splitlines()[-1]}; start "
-            "`python -m tvm.exec.rpc_server` there (it needs cloudpickle), and check address and key"
+            "`python -m tvm.exec.rpc_server` there (it needs cloudpickle), and check address and "
+            "key"
         ) from error
 
 
