@@ -161,7 +161,8 @@ def import_program(program: torch.export.ExportedProgram, spec: TargetSpec) -> S
             no_bind_return_tuple=True,
             custom_convert_map=_converters(opaque, spec),
         )
-    # What the importer raises, by operator: unknown ones end in an assertion or a missing key.
+    # What the importer raises, by operator: unknown ones end in an assertion or a missing key,
+    # forms that it does not translate in NotImplementedError.
     except (AssertionError, KeyError, ValueError, NotImplementedError) as error:
         raise LoweringError(
             f"TVM's importer cannot translate this graph: {error}. Exclude the part that holds the "

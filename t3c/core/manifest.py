@@ -527,12 +527,7 @@ def _bound_from_json(f: Fields) -> Bound:
 
 def _observed_from_json(f: Fields) -> Observed:
     return Observed(
-        mean=f.number("mean"),
-        median=f.number("median"),
-        p95=f.number("p95"),
-        max=f.number("max"),
-        relative=f.number("relative"),
-        flips=f.optional("flips", f.number),
+        **asdict(_drifts_from_json(f)),
         inputs=f.whole("inputs"),
         teacher=f.optional("teacher", lambda k: f.within(k, _drifts_from_json)),
     )

@@ -92,6 +92,8 @@ def unpack(archive: str | os.PathLike[str], out: str | os.PathLike[str]) -> Arti
                 if name in names:
                     _extract(members, name, folder, sizes[name])
             found.verify()
+    # What zipfile raises of damaged members; NotImplementedError is its own, of a compression or a
+    # version of the format that it does not know.
     except (OSError, zipfile.BadZipFile, lzma.LZMAError, EOFError, NotImplementedError) as error:
         raise ArtifactError(f"{file}: cannot be unpacked: {error}") from error
     return Artifact.read(out)
