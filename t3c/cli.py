@@ -5,12 +5,12 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -18,6 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t3c import targets
+from t3c.cli_inputs import (
+    arguments,
+    example_inputs,
+    invent_inputs,
+    load_calls,
+    load_labelled,
+    load_model,
+    read_npz,
+)
 from t3c.core.artifact import Artifact
 from t3c.core.budget import LEVEL, Budget, Selector, costs, drift_bound
 from t3c.core.errors import (
@@ -62,7 +71,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Calls = Sequence[tuple[object, ...]]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -215,7 +223,7 @@ def lower(
     with command(as_json, quiet, debug) as console:
         targets.get(target)  # a wrong name is told before torch is loaded
         network, example, calibration = load_model(model)
-        args, kwargs = _example_inputs(inputs, shape) or arguments(example)
+        args, kwargs = example_inputs(inputs, shape) or arguments(example)
         api: Any = import_module("t3c.api")
         with _progress(console) as progress:
             artifact: Artifact = api.lower(
@@ -640,106 +648,6 @@ def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) ->
             raise typer.Exit(6)
 
 
-def load_model(spec: str) -> tuple[object, object, Calls | None]:
-    """A model, its example inputs and its calibration calls, as they were given.
-
-    Args:
-        spec: ``module:callable`` that returns them, or the path of a ``.pt2`` exported program.
-
-    Returns:
-        The third is None where there is none.
-
-    Raises:
-        ValueError: The text names neither.
-    """
-    return load_labelled(spec)[:3]
-
-
-def load_labelled(spec: str) -> tuple[object, object, Calls | None, object]:
-    """As `load_model`, and the right class of each input, None where there is none.
-
-    Raises:
-        ValueError: As `load_model`.
-    """
-    if spec.endswith(".pt2"):
-        if not Path(spec).is_file():
-            raise ValueError(f"{spec}: no such file")
-        torch: Any = import_module("torch")
-        program: Any = torch.export.load(spec)
-        return program, program.example_inputs, None, None
-    match _made(spec, "neither module:callable nor a .pt2 file"):
-        case (model, example):
-            return model, example, None, None
-        case (model, example, calls):
-            return model, example, _as_calls(calls), None
-        case (model, example, calls, labels):
-            return model, example, _as_calls(calls), labels
-        case made:
-            raise ValueError(
-                f"{spec!r} must return (model, example inputs), got {type(made).__name__}"
-            )
-
-
-def load_calls(spec: str) -> Calls:
-    """Calls alone: what ``module:callable`` returns is a list of them.
-
-    Raises:
-        ValueError: The text names no callable, or it returns something else.
-    """
-    made = _made(spec, "not module:callable")
-    if not isinstance(made, list):
-        raise ValueError(f"{spec!r} must return a list of calls, got {type(made).__name__}")
-    return _as_calls(made)
-
-
-def _as_calls(calls: Any) -> Calls:
-    return [call if isinstance(call, tuple) else (call,) for call in calls]
-
-
-def _made(spec: str, wrong: str) -> Any:
-    """What ``module:callable`` returns."""
-    module_name, colon, attribute = spec.partition(":")
-    if not colon:
-        raise ValueError(f"{spec!r} is {wrong}")
-    sys.path.insert(0, "")  # as with python -m: modules of the current folder
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
-        raise ValueError(f"{spec!r}: no module {module_name!r} here") from error
-    make: Callable[[], object] | None = getattr(module, attribute, None)
-    if not callable(make):
-        raise ValueError(f"{spec!r}: {module_name} has no callable {attribute!r}")
-    return make()
-
-
-def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from one tensor, a tuple, a dict, or (tuple, dict)."""
-    match example:
-        case (tuple() | list() as args, Mapping() as kwargs):
-            return tuple(args), dict(kwargs)
-        case tuple() | list():
-            return tuple(cast(Sequence[Any], example)), {}
-        case Mapping():
-            return (), dict(cast(Mapping[str, Any], example))
-        case None:
-            raise ValueError("the model comes without example inputs; add --inputs or --shape")
-        case _:
-            return (example,), {}
-
-
-def invent_inputs(manifest: Manifest) -> dict[str, Any]:
-    """Inputs of the right shapes: normal numbers for floats, ones for everything else."""
-    rng = np.random.default_rng(0)
-    return {
-        spec.name: rng.standard_normal(spec.shape).astype(spec.dtype)
-        if spec.dtype.startswith("float")
-        else np.ones(spec.shape, spec.dtype)
-        for spec in manifest.inputs
-    }
-
-
 def main() -> None:
     """Entry point of the `t3c` command."""
     app()
@@ -816,34 +724,7 @@ def _inputs(manifest: Manifest, path: Path | None, console: Out) -> dict[str, An
     if path is None:
         console.remark("no --inputs: invented ones (normal numbers or ones, seed 0)")
         return invent_inputs(manifest)
-    return _npz(path)
-
-
-def _npz(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no readable npz file: {error}") from error
-
-
-def _example_inputs(
-    path: Path | None, shapes: list[str] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if path is None and not shapes:
-        return None
-    torch: Any = import_module("torch")
-    if path is not None:
-        return (), {name: torch.from_numpy(array) for name, array in _npz(path).items()}
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(_shape(text), generator=generator) for text in shapes or ()), {}
-
-
-def _shape(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--shape {text!r}: write positive numbers, for example 1,3,224,224")
-    return [int(part) for part in parts]
+    return read_npz(path)
 
 
 @contextmanager
