@@ -5,7 +5,7 @@
 Rows go into results/cost_model.jsonl, which a later call goes on with; `--again` begins anew. The
 model is judged on shapes and networks that it has not seen, beside a roofline with the target's
 constants, one fitted to the same rows, and a table of measured layers whose times are summed.
-Results go to cost_model.json beside this file.
+Results go to cost_model.json beside this file, the predictions to cost_model.svg.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from t3c.cost_models.design import design
 from t3c.cost_models.learned import LearnedModel
 from t3c.cost_models.scores import NOISE, report
 from t3c.measurement.run import measure_on
-from t3c.report import tables
+from t3c.report import plots, tables
 from t3c.targets.base import TargetSpec
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +65,8 @@ def main() -> None:
     measured = time.monotonic()
     model = LearnedModel.learn(rows, spec)
     fitted = time.monotonic()
-    found = report(rows, spec).to_json()
+    judged = report(rows, spec)
+    found = judged.to_json()
     record = {
         "schema": 1,
         "what": "on held-out shapes and networks: error, correlation of predicted medians, share "
@@ -82,6 +83,7 @@ def main() -> None:
         "met": met(found),
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
+    plots.predictions(judged.guesses(), options.out.with_suffix(".svg"), "left out of the fit")
     show(record)
 
 

@@ -56,23 +56,63 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """What the learned model said of a row that it had not seen; seconds.
+
+    Attributes:
+        measured: The median.
+        predicted: The same, predicted.
+        low: Lower end of its interval.
+        high: Upper end.
+    """
+
+    measured: float
+    predicted: float
+    low: float
+    high: float
+
+    @property
+    def held(self) -> bool:
+        """Whether the interval holds what was measured."""
+        return self.low <= self.measured <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Scores on rows that were left out, and the learned model's guesses behind its own.
+
+    Attributes:
+        scores: Contestant -> score.
+        guesses: In the order of the rows.
+    """
+
+    scores: dict[str, Score]
+    guesses: tuple[Guess, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Contestant -> score.
+    """What was judged.
 
     Attributes:
         kernels: On held-out shapes.
-        networks: On held-out networks.
+        networks: On held-out networks; without scores for fewer than three.
     """
 
-    kernels: dict[str, Score]
-    networks: dict[str, Score]
+    kernels: Judged
+    networks: Judged
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The scores, plain data."""
         return {
-            kind: {name: score.to_json() for name, score in found.items()}
+            kind: {name: score.to_json() for name, score in found.scores.items()}
             for kind, found in (("kernels", self.kernels), ("networks", self.networks))
         }
+
+    def guesses(self) -> dict[str, tuple[Guess, ...]]:
+        """Kind of row -> guesses, without empty ones."""
+        both = {"kernels": self.kernels.guesses, "networks": self.networks.guesses}
+        return {kind: found for kind, found in both.items() if found}
 
 
 class Table:
@@ -121,13 +161,13 @@ def report(dataset: Dataset, spec: TargetSpec) -> Report:
     )
 
 
-def kernel_scores(kernels: Sequence[KernelRow], spec: TargetSpec) -> dict[str, Score]:
-    """Contestant -> score on shapes that were left out."""
+def kernel_scores(kernels: Sequence[KernelRow], spec: TargetSpec) -> Judged:
+    """Every contestant on shapes that were left out."""
     rows, times = [k.row for k in kernels], np.array([k.seconds.p50_s for k in kernels])
     groups = [k.group or kernel_key(k.row) for k in kernels]
     fold = folds(groups)
     predicted: dict[str, Numbers] = {}
-    held = np.zeros(len(rows), bool)
+    ends = np.zeros((len(rows), 2))
     for number in range(FOLDS):
         out = fold == number
         known = [r for r, o in zip(rows, out, strict=True) if not o]
@@ -144,21 +184,19 @@ def kernel_scores(kernels: Sequence[KernelRow], spec: TargetSpec) -> dict[str, S
         }
         for name, values in found.items():
             predicted.setdefault(name, np.zeros(len(rows)))[out] = values
-        low, high = np.array(model.predict_interval(asked)).T
-        held[out] = (low <= times[out]) & (times[out] <= high)
+        ends[out] = model.predict_interval(asked)
     shapes = [f"{g} {row.format.bits}" for g, row in zip(groups, rows, strict=True)]
     dense = _dense_of(shapes, [isinstance(row.format, Dense) for row in rows])
-    scores = {name: score(times, values, dense) for name, values in predicted.items()}
-    return {**scores, "learned": score(times, predicted["learned"], dense, held)}
+    return _judged(times, predicted, dense, ends)
 
 
 def network_scores(
     kernels: Sequence[KernelRow], profiles: Sequence[ProfileRow], spec: TargetSpec
-) -> dict[str, Score]:
-    """Contestant -> score on networks that were left out; empty for fewer than three."""
+) -> Judged:
+    """Every contestant on networks that were left out; nothing for fewer than three."""
     names = list(dict.fromkeys(p.network for p in profiles))
     if len(names) < 3:
-        return {}
+        return Judged({}, ())
     rows, seen = [k.row for k in kernels], [k.seconds.p50_s for k in kernels]
     groups = [k.group or kernel_key(k.row) for k in kernels]
     times = np.array([p.seconds.p50_s for p in profiles])
@@ -172,15 +210,15 @@ def network_scores(
     def rest(model: RooflineModel) -> Numbers:
         return np.array([model.predict_rest(p.rest, p.layers[0].threads) for p in profiles])
 
-    learned, held = np.zeros(len(profiles)), np.zeros(len(profiles), bool)
+    learned, ends = np.zeros(len(profiles)), np.zeros((len(profiles), 2))
     for name in names:
         one = model.fit_profiles([p for p in profiles if p.network != name])
         for i, p in enumerate(profiles):
             if p.network == name:
                 learned[i] = one.predict_network(p.layers, p.rest)
-                low, high = one.predict_network_interval(p.layers, p.rest)
-                held[i] = low <= times[i] <= high
+                ends[i] = one.predict_network_interval(p.layers, p.rest)
     found = {
+        "learned": learned,
         "roofline": summed(plain.predict) + rest(plain),
         "roofline, fitted": summed(fitted.predict) + rest(fitted),
         "sum of the table": summed(table.predict),
@@ -194,10 +232,18 @@ def network_scores(
             for p in profiles
         ],
     )
-    return {
-        "learned": score(times, learned, dense, held),
-        **{name: score(times, values, dense) for name, values in found.items()},
-    }
+    return _judged(times, found, dense, ends)
+
+
+def _judged(
+    times: Numbers, predicted: dict[str, Numbers], dense: Sequence[int], ends: Numbers
+) -> Judged:
+    """Scores of all; `ends` [rows, 2] are the intervals of "learned"."""
+    columns = (times, predicted["learned"], *ends.T)
+    guesses = tuple(Guess(*map(float, row)) for row in zip(*columns, strict=True))
+    held = np.array([guess.held for guess in guesses])
+    scores = {name: score(times, values, dense) for name, values in predicted.items()}
+    return Judged(scores | {"learned": score(times, predicted["learned"], dense, held)}, guesses)
 
 
 def folds(groups: Sequence[str], count: int = FOLDS) -> Numbers:

@@ -612,6 +612,10 @@ def fit(
     report: Annotated[
         bool, typer.Option(help="Judge it on shapes and networks that it has not seen.")
     ] = True,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Picture of predicted against measured times of what it had not seen."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -625,12 +629,16 @@ def fit(
         model = learned.LearnedModel.learn(data, spec)
         model.save(out)
         scores: dict[str, Any] = {}
-        if report:
-            scores = import_module("t3c.cost_models.scores").report(data, spec).to_json()
+        if report or plot is not None:
+            judged: Any = import_module("t3c.cost_models.scores").report(data, spec)
+            scores = judged.to_json()
         for what, found in scores.items():
             lines = [{"model": name, **score} for name, score in found.items()]
             console.show(tables.plain(lines, f"on {what} that were left out"))
         console.show(f"wrote {out}")
+        if plot is not None:
+            plots = import_module("t3c.report.plots")
+            console.show(f"wrote {plots.predictions(judged.guesses(), plot, str(rows))}")
         console.data({"model": str(out), "scores": scores})
 
 

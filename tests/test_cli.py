@@ -390,11 +390,14 @@ def test_certify_runs_on_the_data_that_the_model_brings(
     assert "returns no data" in without.stderr
 
 
-def test_fit_writes_a_model_and_its_scores(tmp_path: Path) -> None:
+def test_fit_writes_a_model_its_scores_and_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra: plot)")
     rows = dataset(tmp_path / "rows.jsonl", 60, 4)
     model = tmp_path / "model.json"
-    found = call("fit", rows.path, "-o", model, "--json")
+    picture = tmp_path / "rows.svg"
+    found = call("fit", rows.path, "-o", model, "--plot", picture, "--json")
     assert found.exit_code == 0, found.output
+    assert picture.stat().st_size > 10_000
     scores = json.loads(found.stdout)["scores"]
     assert set(scores["kernels"]) == {"learned", "roofline", "roofline, fitted", "table"}
     assert {"mape", "spearman", "coverage"} <= set(scores["networks"]["learned"])

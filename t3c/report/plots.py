@@ -1,12 +1,12 @@
-"""Pictures: quality against a cost, calls against time (needs matplotlib)."""
+"""Pictures: quality against a cost, calls against time, predictions (needs matplotlib)."""
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from t3c.core.budget import LEVEL, drift_bound
 from t3c.core.errors import TargetError
@@ -140,6 +140,7 @@ class Drift:
         p50_ms: Median of one call; None: unknown, and left out of the first panel.
         p95_ms: Recorded 95th percentile: the end of the bar to the right.
         megabytes: Stored weights.
+        millijoules: Of one call, as recorded or estimated; None: unknown.
         mean: Mean drift that was observed.
         p95: Its 95th percentile over inputs: the end of the bar upwards.
         bound: A calibrated bound; None: none, or not finite.
@@ -149,6 +150,7 @@ class Drift:
     p50_ms: float | None
     p95_ms: float | None
     megabytes: float
+    millijoules: float | None
     mean: float
     p95: float
     bound: float | None = None
@@ -173,6 +175,7 @@ def drifts(profiles: Sequence[Profile], level: float = LEVEL) -> list[Drift]:
                 None if timing is None else timing.p50_s * 1e3,
                 None if timing is None else timing.p95_s * 1e3,
                 profile.storage_bytes / 1e6,
+                profile.energy_mj,
                 seen.mean,
                 max(seen.mean, seen.p95),
                 bound if bound < math.inf else None,
@@ -182,7 +185,7 @@ def drifts(profiles: Sequence[Profile], level: float = LEVEL) -> list[Drift]:
 
 
 def chain(rows: Sequence[Drift], path: str | os.PathLike[str], title: str = "") -> Path:
-    """Draw drift against latency and against bytes, with intervals.
+    """Draw drift against latency, bytes and, where every profile has one, energy, with intervals.
 
     Dots are medians of time and means of drift; bars reach to the 95th percentiles (of calls, of
     inputs); triangles are calibrated bounds.
@@ -202,14 +205,19 @@ def chain(rows: Sequence[Drift], path: str | os.PathLike[str], title: str = "") 
     if not rows:
         raise ValueError("no profile has observed drift; lower again, or certify the artifact")
     matplotlib, figure_module = _matplotlib()
-    figure = figure_module.Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    energies = [row.millijoules for row in rows if row.millijoules is not None]
+    panels = 3 if len(energies) == len(rows) else 2
+    figure = figure_module.Figure(figsize=(5 * panels, 4.5), layout="constrained")
+    left, right, *further = figure.subplots(1, panels, sharey=True)
     timed = [row for row in rows if row.p50_ms is not None and row.p95_ms is not None]
     late = [(row.p95_ms or 0.0) - (row.p50_ms or 0.0) for row in timed]
     _interval(left, timed, [row.p50_ms or 0.0 for row in timed], late)
     _interval(right, rows, [row.megabytes for row in rows], None)
     left.set(xlabel="one call, ms (median to p95)", ylabel="drift (mean to p95 of inputs)")
     right.set(xlabel="stored weights, MB")
+    for plot in further:
+        _interval(plot, rows, energies, None)
+        plot.set(xlabel="one call, mJ (as recorded or estimated)")
     left.set_ylim(bottom=0)
     left.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
@@ -234,6 +242,70 @@ def _interval(
         plot.annotate(row.name, (x, row.mean), (4, 4), textcoords="offset points", size=8)
     plot.grid(visible=True, linewidth=0.3)
     plot.margins(x=0.1)
+
+
+class Guess(Protocol):
+    """A prediction beside what was measured; seconds."""
+
+    @property
+    def measured(self) -> float:
+        """The truth."""
+        ...
+
+    @property
+    def predicted(self) -> float:
+        """The same, predicted."""
+        ...
+
+    @property
+    def low(self) -> float:
+        """Lower end of its interval."""
+        ...
+
+    @property
+    def high(self) -> float:
+        """Upper end of its interval."""
+        ...
+
+
+def predictions(
+    kinds: Mapping[str, Sequence[Guess]], path: str | os.PathLike[str], title: str = ""
+) -> Path:
+    """Draw predicted against measured time, a panel each kind; bars are intervals.
+
+    Args:
+        kinds: Name -> predictions of things that the model had not seen.
+        path: File to write; its ending picks the format (svg, png, pdf).
+        title: Over the picture.
+
+    Returns:
+        The path.
+
+    Raises:
+        TargetError: matplotlib is not installed.
+        ValueError: There is nothing to draw.
+    """
+    if not any(kinds.values()):
+        raise ValueError("there are no predictions to draw; measure more layers and networks first")
+    matplotlib, figure_module = _matplotlib()
+    figure = figure_module.Figure(figsize=(5 * len(kinds), 4.5), layout="constrained")
+    (panels,) = figure.subplots(1, len(kinds), squeeze=False)
+    for plot, (name, guesses) in zip(panels, kinds.items(), strict=True):
+        x = [g.measured * 1e3 for g in guesses]
+        y = [g.predicted * 1e3 for g in guesses]
+        ends = [
+            [max(0.0, g.predicted - g.low) * 1e3 for g in guesses],
+            [max(0.0, g.high - g.predicted) * 1e3 for g in guesses],
+        ]
+        held = sum(g.low <= g.measured <= g.high for g in guesses)
+        plot.errorbar(x, y, yerr=ends, fmt="o", markersize=2, elinewidth=0.5, alpha=0.6)
+        both = (min(x + y), max(x + y))
+        plot.plot(both, both, color="black", linewidth=0.8)
+        plot.set(xscale="log", yscale="log", xlabel="measured median, ms", ylabel="predicted, ms")
+        plot.set_title(f"{len(guesses)} {name}; intervals hold {held / len(guesses):.1%}", size=9)
+        plot.grid(visible=True, linewidth=0.3)
+    figure.suptitle(title, fontsize=10)
+    return _saved(matplotlib, figure, path)
 
 
 def trace(

@@ -8,6 +8,7 @@ import pytest
 
 from t3c.core.certificate import Certificate
 from t3c.core.errors import TargetError
+from t3c.cost_models.scores import Guess
 from t3c.report.plots import (
     Axes,
     Point,
@@ -17,6 +18,7 @@ from t3c.report.plots import (
     dominated,
     drifts,
     pareto,
+    predictions,
     trace,
 )
 from tests.runtime import toy
@@ -76,8 +78,23 @@ def test_drift_against_latency_and_bytes_has_intervals_and_the_same_bytes(tmp_pa
     assert [(row.mean, row.p95, row.bound) for row in rows] == [(0.1, 0.2, None), (0.1, 0.2, 0.1)]
     first, second = (chain(rows, tmp_path / f"{i}.svg", "toy").read_text() for i in (1, 2))
     assert first == second
+    energies = [row.millijoules for row in rows]
+    assert None in energies or energies == sorted(energies)
+    costly = [replace(row, millijoules=3.0) for row in rows]
+    assert len(chain(costly, tmp_path / "e.svg").read_text()) > len(first)
     untimed = replace(toy.profile("max"), latency=None)
     assert chain(drifts([untimed]), tmp_path / "u.svg").stat().st_size > 1000
+
+
+def test_predictions_are_drawn_with_their_intervals_or_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra: plot)")
+    guesses = [Guess(1e-3 * i, 1.1e-3 * i, 0.9e-3 * i, 1.2e-3 * i) for i in range(1, 9)]
+    kinds = {"kernels": guesses, "networks": guesses[:2]}
+    first, second = (predictions(kinds, tmp_path / f"{i}.svg").read_text() for i in (1, 2))
+    assert first == second
+    assert len(first) > 10_000
+    with pytest.raises(ValueError, match="measure more layers and networks"):
+        predictions({}, tmp_path / "none.svg")
 
 
 def test_a_chain_without_observed_drift_is_refused(tmp_path: Path) -> None:
