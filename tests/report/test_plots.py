@@ -78,8 +78,6 @@ def test_drift_against_latency_and_bytes_has_intervals_and_the_same_bytes(tmp_pa
     assert [(row.mean, row.p95, row.bound) for row in rows] == [(0.1, 0.2, None), (0.1, 0.2, 0.1)]
     first, second = (chain(rows, tmp_path / f"{i}.svg", "toy").read_text() for i in (1, 2))
     assert first == second
-    energies = [row.millijoules for row in rows]
-    assert None in energies or energies == sorted(energies)
     costly = [replace(row, millijoules=3.0) for row in rows]
     assert len(chain(costly, tmp_path / "e.svg").read_text()) > len(first)
     untimed = replace(toy.profile("max"), latency=None)
