@@ -40,6 +40,7 @@ from t3c.controller.plan import SECONDS, Plan, plan
 from t3c.controller.statistics import correct
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
 from t3c.core.certificate import Certificate, Labels
+from t3c.core.code_storage import CodeStorage, parse_code_storage
 from t3c.core.codes import SiteCodes
 from t3c.core.conservative import increasing
 from t3c.core.errors import CertificateError, LoweringError, PassError, TargetError
@@ -154,6 +155,7 @@ def lower(
     tables: bool = False,
     activations: str = "auto",
     objective: str | Objective = Objective.LATENCY,
+    codes: str | CodeStorage = CodeStorage.NESTED,
     cost_model: str | os.PathLike[str] | AbstractCostModel = "roofline",
     plan_seconds: float | None = None,
     table: str | os.PathLike[str] | None = None,
@@ -187,6 +189,9 @@ def lower(
             each image; ``auto``, static where the target's kernels can.
         objective: What the profiles are chosen to save: ``latency``, ``macs``, ``bytes`` (linear
             layers take 4 bits) or ``energy`` (estimated). All profiles state all costs.
+        codes: How dense linear layers of 8 and of 4 bits are stored: ``nested``, one array for both
+            widths, or ``independent``, one for each: dense profiles lose no more than dense
+            quantization to that width alone, and the file is larger.
         cost_model: Predicts times of layers while the chain is planned: a name
             (``t3c.cost_models.COST_MODELS``), the file of a model that ``t3c fit`` wrote, or a
             model. A fitted one must be of this device.
@@ -219,7 +224,8 @@ def lower(
         CostModelError: The cost model is damaged, stale, or of another device.
         LoweringError: The graph does not fit the target.
         T3CError: `table` is damaged, or of another model, data or menu.
-        ValueError: `activations` is none of the three, or `objective` none of the four.
+        ValueError: `activations` is none of the three, `objective` none of the four, or `codes`
+            neither of the two.
         ParityError: A profile does not compute what its torch reference computes.
     """
     if activations not in ACTIVATIONS:
@@ -228,6 +234,7 @@ def lower(
         )
     static = ACTIVATIONS[activations]
     objective = parse_objective(objective)
+    codes = parse_code_storage(codes)
     spec = targets.get(target) if isinstance(target, str) else target
     require(spec)
     check_objective(objective, spec)
@@ -272,6 +279,7 @@ def lower(
         objective=objective,
         progress=progress,
         **({} if table is None else {"table": Path(table)}),
+        **({} if codes is CodeStorage.NESTED else {"codes": codes}),
         **predict,
     )
     notes.add(*chosen.notes)
@@ -639,6 +647,7 @@ def _manifest(
         versions=_versions(),
         report=elastic.report,
         objective=chosen.objective,
+        codes=chosen.codes,
         calibration_sha256=_hash(batches),
     )
 

@@ -193,6 +193,10 @@ def lower(
         Literal["latency", "macs", "bytes", "energy"],
         typer.Option(help="What profiles are chosen to save; energy is estimated."),
     ] = "latency",
+    codes: Annotated[
+        Literal["nested", "independent"],
+        typer.Option(help="Layers of 8 and of 4 bits: one array for both, or one for each."),
+    ] = "nested",
     table: Annotated[
         Path | None,
         typer.Option(
@@ -238,6 +242,7 @@ def lower(
                 exclude=exclude or (),
                 activations=activations,
                 objective=objective,
+                codes=codes,
                 table=table,
                 cost_model=cost_model,
                 tune_minutes=tune_minutes,
@@ -409,7 +414,8 @@ def inspect(
             shown = tables.certificates(manifest.profiles)
             console.show(*(shown if shown else ("no certificate yet; see `t3c certify`",)))
         if stored:
-            console.show(tables.storage(storage(found)))
+            title = f"Bytes of the weight file, codes {manifest.codes}"
+            console.show(tables.storage(storage(found), title))
         if plot is not None:
             plots: Any = import_module("t3c.report.plots")
             title = f"{manifest.target.name} ({manifest.target.mcpu})"

@@ -14,6 +14,7 @@ from t3c.controller.compensate import Pair, walk
 from t3c.controller.gradients import Seen, look
 from t3c.controller.progress import Progress, silent
 from t3c.controller.suffix import rows_of, site_calls
+from t3c.core.code_storage import CodeStorage
 from t3c.core.codes import Grouped, Matrix, Nested
 from t3c.core.errors import T3CError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
@@ -250,12 +251,14 @@ def round_weights(
     progress: Progress = silent,
     *,
     batches: Sequence[Batch] = (),
+    stored: CodeStorage = CodeStorage.NESTED,
 ) -> None:
     """Choose codes with error feedback for everything that linear layers may run on.
 
-    Dense weights that may have 8 or 4 bits get nested codes, which are stored once. Given batches,
-    4-bit codes of dense weights are then chosen once more, front to back, to make up in part for
-    the 4-bit codes before them; those of 8 bits still stand for the weight itself.
+    Dense weights that may have 8 or 4 bits get nested codes, which are stored once, or each width
+    is rounded as if there were no other. Given batches, 4-bit codes of dense weights are then
+    chosen once more, front to back, to make up in part for the 4-bit codes before them; those of 8
+    bits still stand for the weight itself.
     Source: Arai and Ichikawa, "Quantization Error Propagation", 2025 (arXiv 2504.09629).
 
     Args:
@@ -264,6 +267,7 @@ def round_weights(
         menu: Site name -> formats.
         progress: Told after every site.
         batches: Flat inputs behind the moments; none: nothing is chosen again.
+        stored: How dense codes of 8 and of 4 bits are stored, where the menu has both.
     """
     names = [n for n in menu if n in moments and isinstance(elastic.sites[n], LinearSite)]
 
@@ -271,7 +275,7 @@ def round_weights(
         layer, moment = elastic.layers[name], moments[name].mean()
         wanted = {("low" if isinstance(f, LowRank) else "weight", f.bits) for f in menu[name]}
         made: list[tuple[str, Matrix | Grouped | Nested]] = []
-        if {Dense(8), Dense(4)} <= set(menu[name]):
+        if _nests(menu[name], stored):
             made.append(("weight", round_nested(layer.weight, moment)))
             wanted -= {("weight", 8), ("weight", 4)}
         for factor, bits in sorted(wanted):
@@ -292,13 +296,19 @@ def round_weights(
                     elastic.layers[name].set_codes(factor, value)
     progress("rounding weights", len(names), len(names))
     if batches and (four := [n for n in names if Dense(4) in menu[n]]):
-        _round_again(elastic, moments, menu, four, batches, progress)
+        nested = {n for n in four if _nests(menu[n], stored)}
+        _round_again(elastic, moments, nested, four, batches, progress)
+
+
+def _nests(menu: Sequence[Format], stored: CodeStorage) -> bool:
+    """Whether one array holds the dense codes of both widths."""
+    return stored is CodeStorage.NESTED and {Dense(8), Dense(4)} <= set(menu)
 
 
 def _round_again(
     elastic: ElasticModel,
     moments: Mapping[str, Moment],
-    menu: Mapping[str, Sequence[Format]],
+    nested: Collection[str],
     names: Sequence[str],
     batches: Sequence[Batch],
     progress: Progress,
@@ -311,7 +321,7 @@ def _round_again(
         layer, moment = elastic.layers[name], moments[name].mean()
         mean = Moment(pair.total, None, pair.rows).mean()
         aim = SAES_SVD.aimed(layer.weight, mean, mean + (pair.cross - pair.total) / pair.rows)
-        if Dense(8) in menu[name]:
+        if name in nested:
             layer.set_nested(round_nested(layer.weight, moment, aim))
         else:
             layer.set_codes("weight", round_groups(aim, moment, search=True))

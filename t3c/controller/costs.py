@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from t3c.core.code_storage import CodeStorage
 from t3c.core.codes import GROUP
 from t3c.core.errors import TargetError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
@@ -15,7 +16,11 @@ ENERGY = EnergyModel()
 
 
 def site_costs(
-    objective: Objective, site: Site, menu: Sequence[Format], seconds: Sequence[float]
+    objective: Objective,
+    site: Site,
+    menu: Sequence[Format],
+    seconds: Sequence[float],
+    codes: CodeStorage = CodeStorage.NESTED,
 ) -> list[float]:
     """Cost of a site in each format of its menu, in units of the objective.
 
@@ -24,6 +29,7 @@ def site_costs(
         site: The site.
         menu: Its formats.
         seconds: Predicted time of each.
+        codes: How dense codes of 8 and of 4 bits are stored, where the menu has both.
     """
     match objective:
         case Objective.LATENCY:
@@ -31,14 +37,14 @@ def site_costs(
         case Objective.MACS:
             return [float(site.macs(fmt)) for fmt in menu]
         case Objective.BYTES:
-            return [float(size) for size in _sizes(site, menu)]
+            return [float(size) for size in _sizes(site, menu, codes)]
         case Objective.ENERGY:
-            sizes = _sizes(site, menu)
+            sizes = _sizes(site, menu, codes)
             return [ENERGY.site(site.macs(f), n) for f, n in zip(menu, sizes, strict=True)]
 
 
-def _sizes(site: Site, menu: Sequence[Format]) -> list[int]:
-    nested = {Dense(8), Dense(4)} <= set(menu)
+def _sizes(site: Site, menu: Sequence[Format], codes: CodeStorage) -> list[int]:
+    nested = codes is CodeStorage.NESTED and {Dense(8), Dense(4)} <= set(menu)
     return [storage_bytes(site, fmt, nested=nested) for fmt in menu]
 
 

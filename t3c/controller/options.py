@@ -1,8 +1,10 @@
 """What a site may become on a target: the menu, and the gate that keeps slower formats off it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from t3c.controller.costs import site_costs
+from t3c.core.code_storage import CodeStorage
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.gate import GateRow
 from t3c.core.objective import Objective
@@ -79,6 +81,7 @@ def gate(
     codes: bool = False,
     four: bool = False,
     objective: Objective = Objective.LATENCY,
+    stored: CodeStorage = CodeStorage.NESTED,
 ) -> tuple[GateRow, ...]:
     """Every format of every site with its time and cost; kept where it costs less than dense.
 
@@ -94,13 +97,15 @@ def gate(
         codes: Whether int8 codes flow between convolutions.
         four: Whether the target has kernels of 4-bit weights.
         objective: What a format costs.
+        stored: How dense codes of 8 and of 4 bits are stored.
     """
     rows: list[GateRow] = []
     for name, site in sites.items():
-        thin = four and isinstance(site, LinearSite) and _halves(site, model, threads, objective)
+        prices = partial(site_costs, objective, site, codes=stored)
+        thin = four and isinstance(site, LinearSite) and _halves(site, model, threads, prices)
         menu = formats(site, step, shares, cp=(cp or {}).get(name, 0), four=thin)
         times = model.predict([Row(site, fmt, threads, codes) for fmt in menu])
-        costs = site_costs(objective, site, menu, times)
+        costs = prices(menu, times)
         dense = [i for i, fmt in enumerate(menu) if isinstance(fmt, Dense)]
         quick, cheap = min(times[i] for i in dense), min(costs[i] for i in dense)
         rows += [
@@ -110,11 +115,13 @@ def gate(
     return tuple(rows)
 
 
-def _halves(site: LinearSite, model: AbstractCostModel, threads: int, objective: Objective) -> bool:
+def _halves(
+    site: LinearSite, model: AbstractCostModel, threads: int, prices: Callable[..., list[float]]
+) -> bool:
     """Whether 4-bit weights save much: all of their bytes, or the time of waiting for them."""
     both = [Dense(8), Dense(4)]
     times = model.predict([Row(site, fmt, threads) for fmt in both])
-    eight, less = site_costs(objective, site, both, times)
+    eight, less = prices(both, times)
     return less <= FOUR_BITS * eight
 
 

@@ -31,6 +31,7 @@ from t3c.controller.suffix import Suffix
 from t3c.controller.swaps import SWAP_BATCHES, drift_on, improve
 from t3c.controller.verdict import Verdicts, settle
 from t3c.controller.work import other_bytes, peak_bytes, rest_of
+from t3c.core.code_storage import CodeStorage
 from t3c.core.errors import TargetError
 from t3c.core.formats import CP, Dense, Format
 from t3c.core.gate import GateRow
@@ -65,6 +66,7 @@ class Plan:
         sites: Site name -> site.
         fixed: Costs that all profiles share.
         objective: What the chain is ordered by.
+        codes: How dense codes of 8 and of 4 bits are stored.
     """
 
     chain: ProfileChain
@@ -76,6 +78,7 @@ class Plan:
     sites: Mapping[str, Site]
     fixed: "Fixed"
     objective: Objective = Objective.LATENCY
+    codes: CodeStorage = CodeStorage.NESTED
 
     def judged(self, verdicts: Verdicts) -> "Plan":
         """The plan with measured times in its gate, and without formats that do not win.
@@ -126,6 +129,7 @@ def plan(
     model: AbstractCostModel | None = None,
     static: bool | None = None,
     objective: Objective = Objective.LATENCY,
+    codes: CodeStorage = CodeStorage.NESTED,
     table: Path | None = None,
     swaps: int = 0,
     progress: Progress | None = None,
@@ -144,6 +148,7 @@ def plan(
         static: Whether convolutions round activations to grids that are fixed here, so that int8
             tensors flow between them; None: where the target's kernels can.
         objective: The cost that every step of the chain shall save.
+        codes: How dense codes of 8 and of 4 bits are stored, where a layer may have both.
         table: File of the damage table; a table there that is not finished is gone on with. Then
             `seconds` of None lets everything be measured, on `TABLE_BATCHES` batches at most; else
             what there was no time for is estimated, and measured by a later run. None: no file.
@@ -176,7 +181,14 @@ def plan(
     fit, held = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     predict = cost_model(spec) if model is None else model
     decisions = menu_of(
-        elastic, spec, predict, profiles, threads, codes=static, objective=objective
+        elastic,
+        spec,
+        predict,
+        profiles,
+        threads,
+        codes=static,
+        objective=objective,
+        stored=codes,
     )
     menu: Menu = {
         name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
@@ -188,7 +200,7 @@ def plan(
     with same():
         seen = collect(elastic, fit, sites=wanted, seconds=looking, progress=progress)
         plain = factorize(elastic, seen, progress, most=most, batches=fit)
-    round_weights(elastic, seen, menu, progress)
+    round_weights(elastic, seen, menu, progress, stored=codes)
     if static:
         with same():
             elastic.set_grids(fit_grids(elastic, fit, bits))
@@ -202,7 +214,7 @@ def plan(
         both = {name: moment + unseen[name] for name, moment in seen.items()}
         again = {n: most[n] for n in both if n in most}
         factorize(elastic, both, progress, most=again, batches=batches)
-        round_weights(elastic, both, menu, progress)
+        round_weights(elastic, both, menu, progress, stored=codes)
         if static:
             elastic.set_grids(fit_grids(elastic, batches, bits))
     options = options_of(decisions, damages)
@@ -261,6 +273,7 @@ def plan(
         sites=elastic.sites,
         fixed=fixed,
         objective=objective,
+        codes=codes,
     )
 
 
@@ -326,6 +339,7 @@ def menu_of(
     *,
     codes: bool = False,
     objective: Objective = Objective.LATENCY,
+    stored: CodeStorage = CodeStorage.NESTED,
 ) -> tuple[GateRow, ...]:
     """The coarse menu, or every rank where the coarse one is too small for that many profiles."""
     cp = {n: (x.fit_ranks(CP) or (0,))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
@@ -341,6 +355,7 @@ def menu_of(
             codes=codes,
             four=has_four_bits(spec),
             objective=objective,
+            stored=stored,
         )
 
     coarse = rows(SHARES if objective is Objective.LATENCY else COUNTED)

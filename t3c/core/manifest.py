@@ -31,6 +31,7 @@ from t3c.core.certificate import (
     Sound,
     SoundStatus,
 )
+from t3c.core.code_storage import CodeStorage, parse_code_storage
 from t3c.core.errors import ArtifactError
 from t3c.core.fields import Fields
 from t3c.core.formats import parse_format
@@ -181,6 +182,7 @@ class Manifest:
         report: What happened to every layer.
         gate: Every format of every layer that was considered, with its times.
         objective: What the chain is ordered by.
+        codes: How dense codes of 8 and of 4 bits are stored, where a layer has both.
         assumptions: What `lower` assumed because the user did not say.
         calibration_sha256: Hash of the calibration inputs; None if nothing was calibrated.
         created: UTC, ISO 8601; SOURCE_DATE_EPOCH is honoured.
@@ -200,6 +202,7 @@ class Manifest:
     report: ConversionReport = field(default_factory=ConversionReport)
     gate: tuple[GateRow, ...] = ()
     objective: Objective = Objective.LATENCY
+    codes: CodeStorage = CodeStorage.NESTED
     assumptions: tuple[str, ...] = ()
     calibration_sha256: str | None = None
     created: str = field(default_factory=lambda: _now())
@@ -260,6 +263,7 @@ class Manifest:
             "report": self.report.to_json(),
             "gate": [_gate_to_json(row) for row in self.gate],
             "objective": str(self.objective),
+            "codes": str(self.codes),
             "assumptions": list(self.assumptions),
             "calibration_sha256": self.calibration_sha256,
             "files": [asdict(f) for f in self.files],
@@ -300,6 +304,7 @@ class Manifest:
                 report=ConversionReport(f.each("report", _row_from_json)),
                 gate=f.optional("gate", lambda k: f.each(k, _gate_from_json)) or (),
                 objective=_objective(f),
+                codes=_codes(f),
                 assumptions=f.texts("assumptions"),
                 calibration_sha256=f.optional("calibration_sha256", f.text),
                 files=f.each("files", _file_from_json),
@@ -658,6 +663,12 @@ def _objective(f: Fields) -> Objective:
     """The objective; latency in files from before there were others."""
     found = f.optional("objective", f.text)
     return Objective.LATENCY if found is None else parse_objective(found)
+
+
+def _codes(f: Fields) -> CodeStorage:
+    """How codes are stored; nested in files from before there was a choice."""
+    found = f.optional("codes", f.text)
+    return CodeStorage.NESTED if found is None else parse_code_storage(found)
 
 
 def _measured_from_json(f: Fields) -> Measured:

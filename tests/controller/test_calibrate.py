@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from t3c.controller.calibrate import collect, factorize, round_weights, split
+from t3c.core.code_storage import CodeStorage
 from t3c.core.codes import Grouped, Matrix
 from t3c.core.formats import Dense, Format, LowRank
 from t3c.elastic.model import ElasticModel
+from t3c.elastic.rounding import round_groups, round_rows
 from tests.controller import models
 
 SMALL, LARGE = 8, 24
@@ -50,6 +52,19 @@ def test_error_feedback_leaves_the_first_components_what_they_are_alone(bits: in
         few = getattr(alone.codes(site, [LowRank(SMALL, bits)]), name)
         many = getattr(among.codes(site, [LowRank(LARGE, bits)]), name)
         assert equal(few, many.prefix(SMALL))
+
+
+def test_codes_of_each_width_alone_are_those_that_there_are_without_another_width() -> None:
+    model = models.block()
+    moments = collect(model, models.more(model, 4))
+    whole: list[Format] = [Dense(8), Dense(4)]
+    round_weights(model, moments, dict.fromkeys(model.sites, whole))
+    round_weights(model, moments, dict.fromkeys(model.sites, whole), stored=CodeStorage.INDEPENDENT)
+    for name, layer in model.layers.items():
+        codes, moment = model.codes(name, whole), moments[name].mean()
+        assert codes.nested is None  # nor is anything left of the codes that were there before
+        assert equal(codes.dense, round_rows(layer.weight, moment))
+        assert equal(codes.dense4, round_groups(layer.weight, moment, search=True))
 
 
 def test_windows_are_told_the_second_moment_of_their_outputs() -> None:

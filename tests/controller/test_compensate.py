@@ -10,6 +10,7 @@ from torch import Tensor
 from t3c.controller.calibrate import REFERENCES, collect, factorize, reference, round_weights
 from t3c.controller.compensate import Pair, walk
 from t3c.controller.plan import plan
+from t3c.core.code_storage import CodeStorage
 from t3c.core.formats import Dense, Format, LowRank
 from t3c.elastic.model import ElasticModel
 from t3c.targets import get
@@ -126,11 +127,14 @@ def test_rows_that_do_not_count_enter_no_moment() -> None:
     assert found["fc0"].rows == len(rows)
 
 
-def in_four_bits(menu: Sequence[Format], again: bool) -> ElasticModel:
+def in_four_bits(
+    menu: Sequence[Format], again: bool, stored: CodeStorage = CodeStorage.NESTED
+) -> ElasticModel:
     model = models.block()
     batches = models.more(model, ROWS)
     formats = dict.fromkeys(model.sites, menu)
-    round_weights(model, collect(model, batches), formats, batches=batches if again else ())
+    seen = collect(model, batches)
+    round_weights(model, seen, formats, batches=batches if again else (), stored=stored)
     return model
 
 
@@ -147,6 +151,16 @@ def test_four_bits_make_up_for_four_bits_before_them(menu: list[Format]) -> None
         eight: dict[str, Format] = dict.fromkeys(plain.sites, Dense(8))
         for site in ("o", "down"):
             assert off(aimed, eight, site) < 0.1 * off(aimed, four, site)
+
+
+def test_eight_bits_stored_apart_know_nothing_of_what_four_bits_make_up_for() -> None:
+    both = [Dense(8), Dense(4)]
+    alone = in_four_bits([Dense(4)], True)
+    plain, aimed = (in_four_bits(both, x, CodeStorage.INDEPENDENT) for x in (False, True))
+    for site in plain.sites:
+        for bits, other in ((8, plain), (4, alone)):
+            codes = [m.layers[site].codes_of("weight", bits) for m in (aimed, other)]
+            assert all(torch.equal(one, two) for one, two in zip(*codes, strict=True))
 
 
 def test_the_planner_gives_its_batches_to_factorizers_that_need_them() -> None:

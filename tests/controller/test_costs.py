@@ -11,6 +11,7 @@ import torch
 from t3c.controller.costs import check, site_costs, storage_bytes
 from t3c.controller.options import gate
 from t3c.controller.plan import menu_of, plan
+from t3c.core.code_storage import CodeStorage
 from t3c.core.errors import TargetError
 from t3c.core.formats import Dense, Format, LowRank, at_most
 from t3c.core.gate import GateRow, Measured
@@ -43,6 +44,9 @@ def test_costs_are_counted_in_the_units_of_the_objective() -> None:
     sizes = [storage_bytes(site, fmt, nested=True) for fmt in menu]
     assert sizes[0] == 384 * 384 + 2 * 384 * 6 + 4 * 384  # codes, scales of groups, bias
     assert site_costs(Objective.BYTES, site, menu, []) == sizes
+    apart = site_costs(Objective.BYTES, site, menu, [], CodeStorage.INDEPENDENT)
+    assert apart == [storage_bytes(site, fmt) for fmt in menu]
+    assert apart[0] == 384 * 384 + 2 * 4 * 384  # codes, scales of rows, bias
     assert site_costs(Objective.BYTES, site, menu[:1], []) == [storage_bytes(site, Dense(8))]
     energy = site_costs(Objective.ENERGY, site, menu, [])
     assert energy == sorted(energy, reverse=True)

@@ -26,6 +26,7 @@ from t3c.core.certificate import (
     Share,
     Shifted,
 )
+from t3c.core.code_storage import CodeStorage
 from t3c.core.errors import ArtifactError
 from t3c.core.formats import Dense, LowRank
 from t3c.core.gate import GateRow
@@ -136,6 +137,17 @@ def test_gates_come_back_with_their_objective_and_older_ones_are_about_time() ->
         Manifest.from_json(data)
 
 
+def test_how_codes_are_stored_comes_back_and_was_nested_before_there_was_a_choice() -> None:
+    one = example(codes=CodeStorage.INDEPENDENT)
+    data = through_json(one)
+    assert Manifest.from_json(data) == one
+    del data["codes"]
+    assert Manifest.from_json(data).codes is CodeStorage.NESTED
+    data["codes"] = "shared"
+    with pytest.raises(ArtifactError, match="codes is 'shared'; allowed are 'nested', 'indep"):
+        Manifest.from_json(data)
+
+
 def test_what_is_unknown_is_none_and_comes_back() -> None:
     bare = replace(profile("max", 16).profile, latency=None, energy=None, certificate=Certificate())
     one = example(
@@ -218,7 +230,8 @@ def test_a_wrong_field_is_named(path: tuple[Any, ...], value: Any, message: str)
 
 
 @pytest.mark.parametrize(
-    "key", sorted(set(through_json(example())) - {"calibration_sha256", "gate", "objective"})
+    "key",
+    sorted(set(through_json(example())) - {"calibration_sha256", "codes", "gate", "objective"}),
 )
 def test_a_missing_field_is_named(key: str) -> None:
     data = through_json(example())

@@ -4,6 +4,7 @@ import json
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import t3c
+from t3c import targets
+from t3c.api import elasticize
+from t3c.codegen.families import families_of
+from t3c.controller.calibrate import collect
+from t3c.controller.costs import storage_bytes
 from t3c.core.artifact import Artifact
+from t3c.core.code_storage import CodeStorage
 from t3c.core.errors import ArtifactError, T3CError
 from t3c.core.formats import Dense, LowRank
+from t3c.elastic.model import ElasticModel
+from t3c.elastic.rounding import round_groups, round_rows
 from t3c.runtime.storage import storage
 from t3c.runtime.weights import Weights
 
@@ -32,18 +41,26 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     torch.manual_seed(0)
-    calls = [(torch.randn(2, 192),) for _ in range(6)]
-    return t3c.lower(
-        Net(),
-        "x86",
-        calls[0],
-        tmp_path_factory.mktemp("large") / "net",
-        calibration=calls,
-        profiles=12,
-        objective="bytes",
-        calls=0,
-        say=lambda line: None,
-    )
+    return lowered(Net(), tmp_path_factory.mktemp("large") / "net")
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, ElasticModel]:
+    torch.manual_seed(0)
+    elastic = elasticize(Net(), calls()[0])
+    out = tmp_path_factory.mktemp("apart") / "net"
+    return lowered(elastic, out, codes="independent", profiles=4), elastic
+
+
+def calls() -> list[tuple[Tensor, ...]]:
+    draw = torch.Generator().manual_seed(0)
+    return [(torch.randn(2, 192, generator=draw),) for _ in range(6)]
+
+
+def lowered(model: nn.Module | ElasticModel, out: Path, **options: Any) -> Artifact:
+    given: dict[str, Any] = {"profiles": 12, "objective": "bytes", "calls": 0}
+    quiet = {"calibration": calls(), "say": lambda line: None}
+    return t3c.lower(model, "x86", calls()[0], out, **(given | quiet | options))
 
 
 def outputs(artifact: Artifact, name: str) -> np.ndarray:
@@ -62,6 +79,65 @@ def test_dense_weights_of_two_widths_are_stored_once(large: Artifact) -> None:
     assert not any("fine" in name or "dense" in name for name in found.duplicates)
     names = {name for name in Weights(large.weights) if name.startswith("up:dense")}
     assert names == {"up:dense4.weight", "up:dense4.scale", "up:dense4.bias"}
+
+
+def test_each_width_stored_apart_is_dense_quantization_bit_for_bit(
+    apart: tuple[Artifact, ElasticModel],
+) -> None:
+    artifact, elastic = apart
+    assert artifact.manifest.codes is CodeStorage.INDEPENDENT
+    assert artifact.manifest.stages.verified
+    chain = artifact.manifest.chain.profiles
+    wanted = [dict.fromkeys(elastic.sites, Dense(bits)) for bits in (4, 8)]
+    assert all(formats in [p.formats for p in chain] for formats in wanted)
+    batches, families = calls(), families_of(targets.get("x86"))
+    fit, held = (collect(elastic, part) for part in (batches[::2], batches[1::2]))
+    stored = Weights(artifact.weights)
+    for name, layer in elastic.layers.items():
+        moment, bias = (fit[name] + held[name]).mean(), elastic.codes(name).bias
+        eight = families.linear.pack_dense(round_rows(layer.weight, moment), bias)
+        groups = round_groups(layer.weight, moment, search=True)
+        four = families.grouped().pack_dense(groups, bias)
+        for part, packed in (("dense", eight), ("dense4", four)):
+            for array, value in packed.items():
+                np.testing.assert_array_equal(stored[f"{name}:{part}.{array}"], value)
+
+
+def test_widths_stored_apart_read_their_own_bytes_and_make_the_file_larger(
+    apart: tuple[Artifact, ElasticModel], large: Artifact
+) -> None:
+    artifact, elastic = apart
+    found, one = storage(artifact), storage(large)
+    sizes = {p.name: p for p in artifact.manifest.chain}
+    for row in found.profiles:
+        formats = sizes[row.name].formats
+        assert row.alone == sizes[row.name].storage_bytes <= row.reads
+        if all(isinstance(fmt, Dense) for fmt in formats.values()):
+            assert row.reads == sum(storage_bytes(s, formats[n]) for n, s in elastic.sites.items())
+    assert {n for n in found.duplicates if ":dense" in n} >= {
+        "up:dense4.weight",
+        "down:dense4.scale",
+    }
+    four = sum(storage_bytes(site, Dense(4)) for site in elastic.sites.values())
+    assert 0 < found.profiles[-1].reads < one.profiles[-1].reads  # no scales of groups
+    assert sum(size for n, size in found.duplicates.items() if ":dense4" in n) == four
+    assert found.overhead <= 1.02 + 8192 / found.file
+
+
+def test_profiles_of_widths_stored_apart_stay_bit_exact_alone_and_packed(
+    apart: tuple[Artifact, ElasticModel], tmp_path: Path
+) -> None:
+    artifact, _ = apart
+    t3c.pack(artifact, tmp_path / "net.zip")
+    back = t3c.unpack(tmp_path / "net.zip", tmp_path / "back")
+    for profile in artifact.manifest.chain:
+        alone = t3c.export(artifact, [profile.name], tmp_path / profile.name)
+        for other in (alone, back):
+            np.testing.assert_array_equal(
+                outputs(other, profile.name), outputs(artifact, profile.name)
+            )
+        assert alone.manifest.codes is CodeStorage.INDEPENDENT
+        assert alone.weights.stat().st_size < artifact.weights.stat().st_size
 
 
 def test_a_small_profile_reads_the_front_of_the_file(large: Artifact) -> None:
