@@ -45,7 +45,7 @@ def run(folder: Path) -> dict[str, Any]:
 
     import t3c
     from t3c.controller.fit_policy import fit
-    from t3c.controller.policy import PolicySelector, decision_seconds, summarize
+    from t3c.runtime.policy import PolicySelector, decision_seconds, summarize
 
     session = t3c.load(folder, hashes=False, threads=1)
     chain = session.manifest.chain
@@ -92,8 +92,8 @@ def looking(
     import numpy as np
 
     from t3c.controller.fit_policy import fit
-    from t3c.controller.policy import PolicySelector, decision_seconds
     from t3c.core.budget import Budget
+    from t3c.runtime.policy import PolicySelector, decision_seconds
 
     policy, report = fit(chain, drifts[:FITTED], summaries=summaries[:FITTED], time_price=price)
     selector, last = PolicySelector(chain, policy), len(chain) - 1

@@ -21,7 +21,7 @@ from t3c.core.errors import (
 )
 
 if TYPE_CHECKING:
-    from t3c.api import certify, elasticize, lower
+    from t3c.api import certify, elasticize, fit_policy, lower
     from t3c.runtime.export import export
     from t3c.runtime.governor import Governor, govern
     from t3c.runtime.session import Session, load
@@ -44,6 +44,7 @@ __all__ = [
     "certify",
     "elasticize",
     "export",
+    "fit_policy",
     "govern",
     "load",
     "lower",
@@ -54,6 +55,7 @@ __all__ = [
 _LAZY = {
     "certify": "t3c.api",
     "elasticize": "t3c.api",
+    "fit_policy": "t3c.api",
     "lower": "t3c.api",
     "export": "t3c.runtime.export",
     "pack": "t3c.runtime.transfer",

@@ -35,10 +35,12 @@ from t3c.codegen.tools import require
 from t3c.codegen.tune.network import operators, tune
 from t3c.codegen.tune.search import RECORDS
 from t3c.controller.costs import check as check_objective
+from t3c.controller.fit_policy import fit
 from t3c.controller.inversions import inversions
 from t3c.controller.plan import SECONDS, Plan, plan
 from t3c.controller.statistics import correct
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
+from t3c.core.budget import Percentile
 from t3c.core.certificate import Certificate, Labels
 from t3c.core.code_storage import CodeStorage, parse_code_storage
 from t3c.core.codes import SiteCodes
@@ -70,10 +72,11 @@ from t3c.passes.pipeline import lowering_graph, rewrite
 from t3c.passes.sites import Choice, Makers
 from t3c.proof import TOLERANCE, Batch, Bench, Notes, Progress
 from t3c.runtime import bundle
-from t3c.runtime.session import load
+from t3c.runtime.policy import keep, summarize, with_look
+from t3c.runtime.session import Binder, load, plain
 from t3c.targets import TargetSpec
 
-__all__ = ["TOLERANCE", "certify", "elasticize", "load", "lower"]
+__all__ = ["TOLERANCE", "certify", "elasticize", "fit_policy", "load", "lower"]
 
 Model = nn.Module | ExportedProgram | ElasticModel
 
@@ -399,6 +402,66 @@ def certify(
     manifest = _with_certificates(session.manifest, certificates)
     write_manifest(session.path, manifest)
     return Artifact(session.path, manifest)
+
+
+def fit_policy(
+    artifact: str | os.PathLike[str] | Artifact,
+    model: Callable[..., Any],
+    inputs: Sequence[tuple[Any, ...]],
+    *,
+    looks: bool = False,
+    time_price: float = 0.5,
+    percentile: Percentile = "p95",
+    steps: int = 1500,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Artifact:
+    """Fit a policy from budgets to profiles to the artifact's recorded costs and measured drift.
+
+    The artifact keeps it as a file that the manifest names, and ``t3c.load(artifact, policy=True)``
+    uses it. On budgets alone it picks what the chain picks. One that looks at inputs may pick less
+    where that paid on half of the inputs, which it was not fitted to; elsewhere the chain decides.
+    When costs are recorded anew, it has to be fitted again.
+
+    Args:
+        artifact: Folder of an artifact that runs on this machine, or what `lower` returned.
+        model: The original model.
+        inputs: Arguments of calls, each a tuple; 16 or more where `looks` is set.
+        looks: Whether inputs may choose among the profiles that keep a budget.
+        time_price: With `looks`: what all of the largest profile's time is worth, in units of the
+            mean drift of the smallest profile.
+        percentile: Of the latency that budgets will limit.
+        steps: Of each training; a chain of eight profiles needs about as many as the default.
+        progress: Called with (what, done, total).
+        say: Told what the fit found, a line each; None: standard error.
+
+    Returns:
+        The artifact with `manifest.policy`.
+
+    Raises:
+        CertificateError: No inputs, or outputs that are not finite or do not match the library's.
+        ArtifactError: The artifact is damaged.
+        TargetError: It was built for another machine.
+        ValueError: Too few inputs, or the chain has one profile.
+    """
+    session = load(artifact)
+    scores = library_scores(session, model, inputs, progress, "measuring drift")
+    drifts = np.stack([d.reshape(len(inputs), -1).mean(1) for d in scores.original.values()], 1)
+    bind = Binder(session.manifest.input_tree, session.manifest.inputs)
+    calls = [[plain(x) for x in bind(args, {})] for args in inputs]
+    chain = session.manifest.chain
+    policy, report = fit(
+        chain,
+        drifts,
+        summaries=np.stack([summarize(call) for call in calls]) if looks else None,
+        time_price=time_price,
+        percentile=percentile,
+        steps=steps,
+    )
+    if looks:
+        policy = with_look(chain, policy, calls)
+    Notes(say).add(*report.remarks(chain))
+    return keep(Artifact(session.path, session.manifest), policy, asdict(report))
 
 
 def _input_hash(inputs: Sequence[tuple[Any, ...]]) -> str:

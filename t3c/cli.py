@@ -1,4 +1,4 @@
-"""The command line: lower, run, plan, inspect, export, pack, certify, bench, measure, doctor."""
+"""The command line: what each command takes, and its exit codes; the work is done elsewhere."""
 
 import json
 import math
@@ -269,6 +269,12 @@ def run(
     inputs: Inputs = None,
     outputs: Annotated[Path | None, typer.Option("--outputs", help="npz file to write.")] = None,
     threads: Threads = None,
+    by_policy: Annotated[
+        bool,
+        typer.Option(
+            "--policy", help="The artifact's policy picks, and looks at the inputs if it does so."
+        ),
+    ] = False,
     govern: Annotated[
         float | None,
         typer.Option(help="Call it for so many seconds, the profile by what calls really take."),
@@ -300,17 +306,20 @@ def run(
             raise ValueError("--metrics goes with --govern SECONDS")
         if govern is not None and (profile is not None or outputs is not None):
             raise ValueError("--govern takes a budget, not --profile, and writes no --outputs")
-        session = _open(artifact, threads)
+        if by_policy and (govern is not None or not budget):
+            raise ValueError("--policy goes with a budget, and not with --govern")
+        session = _open(artifact, threads, by_policy)
         if govern is not None:
             given = _inputs(session.manifest, inputs, console)
             wanted = {**budget, "percentile": percentile, "drift": drift}
             _govern(console, session, given, govern, metrics, wanted)
             return
+        given = _inputs(session.manifest, inputs, console)
         if profile is not None:
             session.set_profile(profile)
         if budget:
-            session.set_budget(**budget, drift=drift)
-        given = _inputs(session.manifest, inputs, console)
+            seen = given if by_policy and session.policy.content is not None else None
+            session.set_budget(**budget, drift=drift, inputs=seen)
         session(**given)
         start = time.perf_counter()
         result = session(**given)
@@ -421,6 +430,8 @@ def inspect(
             title = f"{manifest.target.name} ({manifest.target.mcpu})"
             console.show(f"wrote {plots.chain(plots.drifts(manifest.chain.profiles), plot, title)}")
         console.show(tables.conversion(manifest.report))
+        if manifest.policy is not None:
+            console.show(_policy(found))
         for text in () if quiet else manifest.assumptions:
             console.show(f"assumed {text}")
         console.data(manifest.to_json())
@@ -521,6 +532,53 @@ def certify(
             )
         console.show(*tables.certificates(found.manifest.profiles))
         console.data({"artifact": str(found.path), "manifest": found.manifest.to_json()})
+
+
+@app.command(epilog=EXIT_CODES)
+def policy(
+    artifact: Folder,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="The original model with data: module:callable that returns (model, example "
+            "inputs, list of calls)."
+        ),
+    ],
+    looks: Annotated[
+        bool, typer.Option("--looks", help="Inputs may choose less than a budget allows.")
+    ] = False,
+    time_price: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="With --looks: worth of the largest profile's time, in units of the smallest "
+            "profile's drift.",
+        ),
+    ] = 0.5,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fit a learned policy from budgets to profiles; the artifact keeps it. See `run --policy`."""
+    with command(as_json, quiet, debug) as console:
+        original, _, data = load_model(model)
+        if data is None:
+            raise ValueError(
+                f"{model!r} returns no data; return (model, example inputs, list of calls)"
+            )
+        api: Any = import_module("t3c.api")
+        with _progress(console) as progress:
+            found: Artifact = api.fit_policy(
+                artifact,
+                original,
+                data,
+                looks=looks,
+                time_price=time_price,
+                progress=progress,
+                say=console.remark,
+            )
+        console.show(_policy(found))
+        console.data({"artifact": str(found.path), "policy": found.manifest.policy})
 
 
 @app.command(epilog=EXIT_CODES)
@@ -679,6 +737,22 @@ def _record(console: Out, path: Path, inputs: Path | None, calls: int, threads: 
     console.data({"artifact": str(found.path), "manifest": found.manifest.to_json()})
 
 
+def _policy(artifact: Artifact) -> str:
+    """What an artifact's policy is, in a line; empty: there is none."""
+    policy: Any = import_module("t3c.runtime.policy")
+    if (found := policy.stored(artifact)) is None:
+        return ""
+    looks = "budgets alone"
+    if found.content is not None:
+        own = sum(floor < k for k, floor in enumerate(found.floors))
+        looks = (
+            f"budgets and inputs ({own} of {found.profiles} profiles; a look takes "
+            f"{found.look_s * 1e6:.0f} us)"
+        )
+    stale = "" if policy.fits(artifact.manifest.chain, found) else "; stale: costs have changed"
+    return f"policy: {found.parameters} numbers, {', '.join(found.components)}, from {looks}{stale}"
+
+
 def _limits(told: Explanation) -> Any:
     """A table: each limit, what it is compared with, and whether it binds."""
     picked = "smallest feasible" if told.profile is None else told.profile
@@ -730,8 +804,8 @@ def _govern(
     console.data(found)
 
 
-def _open(path: Path, threads: int | None) -> Any:
-    return import_module("t3c.runtime.session").load(path, threads=threads)
+def _open(path: Path, threads: int | None, policy: bool = False) -> Any:
+    return import_module("t3c.runtime.session").load(path, threads=threads, policy=policy)
 
 
 def _inputs(manifest: Manifest, path: Path | None, console: Out) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The whole flow on tiny networks: model in, artifact, profiles, budgets, calls, errors."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -27,6 +28,7 @@ from t3c.cost_models.device import this_device
 from t3c.cost_models.learned import LearnedModel
 from t3c.elastic.shadow import relative
 from t3c.targets.base import Roofline
+from tests.runtime import toy
 
 pytestmark = pytest.mark.skipif(
     not targets.cpu_features() & {"sse2"}, reason="target x86 runs on x86-64 only"
@@ -627,6 +629,45 @@ def test_bounds_come_with_labels_and_need_the_model_that_was_lowered(tmp_path: P
         t3c.certify(artifact, nn.Identity(), [(torch.randn(shape),)], say=lambda line: None)
     with pytest.raises(CertificateError, match="needs held-out inputs; got none"):
         t3c.certify(artifact, nn.Identity(), [], say=lambda line: None)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_policy_is_fitted_to_the_library_and_picks_within_budgets(
+    looks: bool, tmp_path: Path
+) -> None:
+    artifact = toy.write_native(tmp_path / "toy")
+    dense = torch.from_numpy(toy.tensors()["fc.dense"])
+
+    def model(x: Tensor) -> dict[str, Tensor]:
+        logits = x @ dense.T + 0.5
+        return {"logits": logits, "double": 2 * logits}
+
+    inputs = [(torch.from_numpy(toy.inputs(seed)),) for seed in range(16)]
+    told: list[str] = []
+    found = t3c.fit_policy(artifact, model, inputs, looks=looks, steps=60, say=told.append)
+    assert Artifact.read(found.path).manifest == found.manifest
+    assert any("the network alone is right for" in line for line in told)
+    assert any("inputs choose pays" in line for line in told) == looks
+    session, chain = t3c.load(found, policy=True), t3c.load(artifact)
+    assert session.policy is not None
+    assert session.policy.components == ("latency_ms", "size_mb", "ram_mb")
+    assert (session.policy.look_s > 0) == looks
+    for limit in np.linspace(1, 3, 21):
+        assert session.set_budget(latency_ms=limit) == chain.set_budget(latency_ms=limit)
+        if looks:
+            chosen = session.set_budget(latency_ms=limit, inputs=inputs[0])
+            assert chosen.latency_ms is not None
+            assert chosen.latency_ms <= limit
+    report = json.loads((found.path / str(found.manifest.policy)).read_text())["report"]
+    assert len(report["snapping_gap"]) == 2
+    assert report["proxy_rank_correlation"] == pytest.approx(1.0)
+    with pytest.raises(CertificateError, match="got none"):
+        t3c.fit_policy(found, model, [], say=told.append)
+    with pytest.raises(ValueError, match="3 inputs; a policy that looks at them"):
+        t3c.fit_policy(found, model, inputs[:3], looks=True, say=told.append)
+    single = t3c.export(found, ["max"], tmp_path / "one")
+    with pytest.raises(ValueError, match="a chain of one profile"):
+        t3c.fit_policy(single, model, inputs, say=told.append)
 
 
 def test_low_ranks_come_from_the_factorizer_that_was_asked_for() -> None:

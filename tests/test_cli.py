@@ -25,8 +25,10 @@ from t3c.core.errors import (
 from t3c.core.manifest import Manifest, TargetInfo
 from t3c.cost_models.learned import LearnedModel
 from t3c.runtime import record
+from t3c.runtime.policy import keep
 from tests.cost_models.measured import DEVICE, dataset
 from tests.runtime import toy
+from tests.runtime.test_policy import policy
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +390,41 @@ def test_certify_runs_on_the_data_that_the_model_brings(
     without = call("certify", artifact.path, "some_models:net")
     assert without.exit_code != 0
     assert "returns no data" in without.stderr
+
+
+def test_policy_fits_on_the_data_that_the_model_brings(
+    api: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = keep(toy.write(tmp_path / "net"), policy(), {})
+    given: list[Any] = []
+
+    def fit_policy(*args: Any, **kwargs: Any) -> Artifact:
+        given.append((args, kwargs))
+        return kept
+
+    monkeypatch.setattr(sys.modules["t3c.api"], "fit_policy", fit_policy, raising=False)
+    done = call("policy", kept.path, "some_models:calibrated", "--looks", "--time-price", "1.5")
+    assert done.exit_code == 0, done.stderr
+    assert "from budgets and inputs (1 of 2 profiles; a look takes 200 us)" in done.stdout
+    (args, kwargs) = given[0]
+    assert (args[0], len(args[2])) == (kept.path, 2)
+    assert (kwargs["looks"], kwargs["time_price"]) == (True, 1.5)
+    without = call("policy", kept.path, "some_models:net")
+    assert without.exit_code == 2
+    assert "returns no data" in without.stderr
+    assert "latency_ms, size_mb" in call("inspect", kept.path).stdout
+
+
+def test_run_asks_the_policy_only_where_it_is_told_to(artifact: Artifact, tmp_path: Path) -> None:
+    kept = keep(toy.write(tmp_path / "net"), policy(steep=0.0), {})  # all are content with half
+    budget = ("run", kept.path, "--latency-ms", "9", "--quiet", "--json")
+    assert json.loads(call(*budget).stdout)["profile"] == "max"
+    assert json.loads(call(*budget, "--policy").stdout)["profile"] == "tiny"
+    missing = call("run", artifact.path, "--latency-ms", "9", "--policy")
+    assert missing.exit_code == 5
+    assert "fit one with `t3c policy`" in missing.stderr
+    assert call("run", kept.path, "--policy").exit_code == 2
+    assert call("run", kept.path, "--policy", "--latency-ms", "9", "--govern", "1").exit_code == 2
 
 
 def test_fit_writes_a_model_its_scores_and_a_picture(tmp_path: Path) -> None:

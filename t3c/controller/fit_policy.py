@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from t3c.controller.policy import LEAST, SUMMARY, UNLIMITED, Array, Layers, Policy, table_of
 from t3c.core.budget import COSTS, Percentile
 from t3c.core.profile import Profile, ProfileChain
+from t3c.runtime.policy import LEAST, SUMMARY, UNLIMITED, Array, Layers, Policy, table_of
 
 HIDDEN = 16
 BATCH = 256
@@ -26,6 +26,8 @@ COMPUTE_SHARE = 0.5
 """Of multiply-adds in the proxy; the rest is stored bytes."""
 PENALTY = 4.0
 """On being over a limit, in units of the distance between smallest and largest profile."""
+LEAST_INPUTS = 16
+"""A policy that looks at inputs is fitted to so many at least."""
 UNLIMITED_SHARE = 0.4
 """Of components in sampled budgets; at least one is limited."""
 
@@ -48,6 +50,22 @@ class Report:
     exact_before_snapping: float
     snapping_gap: tuple[float | None, ...]
     objective: tuple[tuple[float, float], ...]
+
+    def remarks(self, chain: ProfileChain) -> list[str]:
+        """What a user should know, a line each."""
+        lines = [f"the network alone is right for {self.exact_before_snapping:.0%} of budgets"]
+        if self.proxy_rank_correlation is not None:
+            lines.append(
+                "profiles by multiply-adds and bytes and by recorded latency: rank correlation "
+                f"{self.proxy_rank_correlation:.3f}"
+            )
+        names = [p.name for p in chain]
+        pairs = zip(names, self.objective, strict=True) if self.objective else ()
+        pays = [name for name, (ours, chains) in pairs if ours < chains]
+        if self.objective:
+            where = f"up to {', '.join(pays)}" if pays else "nowhere: the chain decides, as before"
+            lines.append(f"letting inputs choose pays on inputs that it was not fitted to {where}")
+        return lines
 
 
 class _Network(nn.Module):
@@ -135,6 +153,13 @@ def fit(
     count = len(chain)
     if drifts.ndim != 2 or drifts.shape[1] != count or not np.isfinite(drifts).all():
         raise ValueError(f"drifts are {drifts.shape}; finite [inputs, {count} profiles] are needed")
+    if count < 2:
+        raise ValueError("a chain of one profile leaves a policy nothing to choose")
+    if summaries is not None and len(drifts) < LEAST_INPUTS:
+        raise ValueError(
+            f"{len(drifts)} inputs; a policy that looks at them is fitted to half of at least "
+            f"{LEAST_INPUTS}: give more calls, or leave summaries out"
+        )
     if summaries is not None and summaries.shape != (len(drifts), SUMMARY):
         raise ValueError(f"summaries are {summaries.shape}, not {(len(drifts), SUMMARY)}")
     components = tuple(n for n in COSTS if np.isfinite(table_of(chain, (n,), percentile)).all())

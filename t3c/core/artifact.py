@@ -62,7 +62,8 @@ class Artifact:
             ArtifactError: Names the file.
         """
         listed = {entry.path for entry in self.manifest.files}
-        for needed in (self.manifest.library, WEIGHTS):
+        named = () if self.manifest.policy is None else (self.manifest.policy,)
+        for needed in (self.manifest.library, WEIGHTS, *named):
             if needed not in listed:
                 raise ArtifactError(f"{self.path / MANIFEST}: files does not list {needed!r}")
         root = self.path.resolve()
@@ -102,6 +103,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json into an existing folder, atomically; it lists the files as given."""
     text = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
     write_atomic(folder / MANIFEST, text.encode() + b"\n")
+
+
+def with_policy(artifact: Artifact, data: bytes) -> Artifact:
+    """The artifact with a policy, in place of the one that it named before.
+
+    The file is named by its content, so that the manifest, which is replaced last and at once,
+    never names one that is not there whole.
+    """
+    name = f"policy.{hashlib.sha256(data).hexdigest()[:16]}.json"
+    write_atomic(artifact.path / name, data)
+    before = artifact.manifest
+    kept = tuple(f for f in before.files if f.path not in (name, before.policy))
+    entry = FileEntry(name, sha256(artifact.path / name), len(data))
+    manifest = replace(before, files=(*kept, entry), policy=name)
+    write_manifest(artifact.path, manifest)
+    if before.policy is not None and before.policy != name:
+        (artifact.path / before.policy).unlink(missing_ok=True)
+    return Artifact(artifact.path, manifest)
 
 
 @contextmanager

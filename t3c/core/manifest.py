@@ -185,6 +185,7 @@ class Manifest:
         codes: How dense codes of 8 and of 4 bits are stored, where a layer has both.
         assumptions: What `lower` assumed because the user did not say.
         calibration_sha256: Hash of the calibration inputs; None if nothing was calibrated.
+        policy: Path of the learned policy (`t3c.fit_policy`); None: there is none.
         created: UTC, ISO 8601; SOURCE_DATE_EPOCH is honoured.
         files: Every other file; filled in by the writer.
         schema: Number of this layout.
@@ -205,6 +206,7 @@ class Manifest:
     codes: CodeStorage = CodeStorage.NESTED
     assumptions: tuple[str, ...] = ()
     calibration_sha256: str | None = None
+    policy: str | None = None
     created: str = field(default_factory=lambda: _now())
     files: tuple[FileEntry, ...] = ()
     schema: int = SCHEMA
@@ -228,8 +230,9 @@ class Manifest:
         for group in ([s.name for s in self.inputs], [p.profile.name for p in self.profiles]):
             if len(set(group)) != len(group):
                 raise ArtifactError(f"{MANIFEST}: a name occurs twice in {group}")
-        for entry in (*(f.path for f in self.files), self.library):
-            _check_relative(entry)
+        for entry in (*(f.path for f in self.files), self.library, self.policy):
+            if entry is not None:
+                _check_relative(entry)
         try:
             ProfileChain(tuple(p.profile for p in self.profiles))
         except ValueError as error:
@@ -266,6 +269,7 @@ class Manifest:
             "codes": str(self.codes),
             "assumptions": list(self.assumptions),
             "calibration_sha256": self.calibration_sha256,
+            "policy": self.policy,
             "files": [asdict(f) for f in self.files],
         }
 
@@ -307,6 +311,7 @@ class Manifest:
                 codes=_codes(f),
                 assumptions=f.texts("assumptions"),
                 calibration_sha256=f.optional("calibration_sha256", f.text),
+                policy=f.optional("policy", f.text),
                 files=f.each("files", _file_from_json),
             )
         )

@@ -22,7 +22,8 @@ def export(
 
     Codes and library are the same, so that a profile computes the same bits in both. Factors are
     cut to the largest rank that the profiles read. Certificates and costs are kept; a certificate
-    against the largest profile still means that of the artifact it comes from.
+    against the largest profile still means that of the artifact it comes from. A policy is not
+    kept: it was fitted to the whole chain.
 
     Args:
         artifact: Its folder, or what `lower` returned.
@@ -46,7 +47,7 @@ def export(
     kept = tuple(c for name, c in known.items() if name in profiles)
     weights = Weights(found.weights)
     tensors = {name: _cut(weights, kept, name) for c in kept for name in c.weights}
-    manifest = replace(found.manifest, profiles=kept, files=())
+    manifest = replace(found.manifest, profiles=kept, policy=None, files=())
     return bundle.write(out, manifest, found.library, tensors)
 
 

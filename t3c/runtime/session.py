@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,12 +26,17 @@ from t3c.core.profile import Label, Profile, Timing
 from t3c.core.structure import LEAF, Tree, flatten, unflatten
 from t3c.runtime import host, tvm_vm
 from t3c.runtime.entry import Entry, MachineEntry, NativeEntry, Scratch
+from t3c.runtime.policy import Policy, opened
 from t3c.runtime.threads import default_threads
 from t3c.runtime.weights import ALIGNMENT, Weights, aligned_copy, aligned_empty
 
 
 def load(
-    artifact: str | os.PathLike[str] | Artifact, *, hashes: bool = True, threads: int | None = None
+    artifact: str | os.PathLike[str] | Artifact,
+    *,
+    hashes: bool = True,
+    threads: int | None = None,
+    policy: bool | Literal["auto"] = False,
 ) -> "Session":
     """Open an artifact on this machine.
 
@@ -40,18 +45,22 @@ def load(
         hashes: Compare the SHA-256 of every file; sizes and paths are checked either way.
         threads: Threads of each call, the caller among them; None: ``TVM_NUM_THREADS`` or
             ``OMP_NUM_THREADS``, else the physical cores that this process may use.
+        policy: Whether `Session.set_budget` asks the learned policy that the artifact names
+            (`t3c.fit_policy`), which may look at inputs; "auto": where there is one for the costs
+            that are recorded now.
 
     Raises:
-        ArtifactError: Damaged, too new, or files that lead outside the folder.
+        ArtifactError: Damaged, too new, files that lead outside the folder, or there is no policy.
         TargetError: Built for another machine.
-        ValueError: `threads` is below 1.
+        T3CError: The policy was fitted to other costs.
+        ValueError: `threads` is below 1, or `policy` is none of the three.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; at least 1 is needed")
     found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
     found.verify(hashes=hashes)
     host.check(found.manifest.target, found.library)
-    return Session(found, threads)
+    return Session(found, threads, policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,12 @@ class Session:
         weight_bytes_copied: Bytes of weights that had to be copied at load; no switch adds to it.
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        policy: bool | Literal["auto"] = False,
+    ) -> None:
         """Load library and weights; use `t3c.load`, which also verifies the files."""
         self.path: Path = artifact.path
         self.manifest: Manifest = artifact.manifest
@@ -98,6 +112,8 @@ class Session:
         self._compiled = {p.profile.name: p for p in self.manifest.profiles}
         self._variants = {p.profile.name: self._variant(p) for p in self.manifest.profiles}
         self._selector = Selector(self.manifest.chain)
+        self._policy = opened(artifact, policy)
+        self._policy_seconds = 0.0
         self._current = self._variants[self.manifest.profiles[-1].profile.name]
         self._lock = threading.Lock()
         self._switches = 0
@@ -128,6 +144,16 @@ class Session:
         """Bytes copied so far: weights at load, and inputs that no kernel could read in place."""
         return self.weight_bytes_copied + self._input_bytes_copied
 
+    @property
+    def policy(self) -> Policy | None:
+        """The learned policy that budgets go to; None: they go to the chain."""
+        return None if self._policy is None else self._policy.policy
+
+    @property
+    def policy_seconds(self) -> float:
+        """Seconds that the policy has taken to choose so far, looking at inputs included."""
+        return self._policy_seconds
+
     def set_profile(self, name: str) -> Profile:
         """Make later calls run the profile called `name`; calls under way are not disturbed.
 
@@ -151,6 +177,7 @@ class Session:
         level: float | None = None,
         drift: DriftKind = "calibrated",
         percentile: Percentile = "p95",
+        inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     ) -> Profile:
         """Make later calls run the largest profile that satisfies every limit given.
 
@@ -166,12 +193,16 @@ class Session:
             level: Share of inputs that the bound holds for; None: 0.9.
             drift: Which bound of the certificate: "calibrated" (`t3c.certify`) or "sound".
             percentile: Which recorded latency counts: "p95" or "p50".
+            inputs: Positional or keyword arguments of the next call, which the policy looks at: it
+                may pick a smaller profile than the budget allows, never a larger one. The time of
+                looking counts as latency.
 
         Returns:
             The profile.
 
         Raises:
             InfeasibleBudget: None fits; names the smallest feasible budget. Nothing changes.
+            T3CError: `inputs` without a policy that looks at them.
         """
         budget = Budget(
             latency_ms=latency_ms,
@@ -183,7 +214,26 @@ class Session:
             drift=drift,
             percentile=percentile,
         )
-        return self.set_profile(self._selector.select(budget).name)
+        return self.set_profile(self._picked(budget, inputs).name)
+
+    def _picked(self, budget: Budget, inputs: Sequence[Any] | Mapping[str, Any] | None) -> Profile:
+        """By the policy if there is one, else by the chain."""
+        policy = self._policy
+        if inputs is not None and (policy is None or policy.policy.content is None):
+            raise T3CError(
+                "inputs= needs a policy that looks at them: fit one with `t3c policy --looks`, and "
+                "load the artifact with policy=True"
+            )
+        if policy is None:
+            return self._selector.select(budget)
+        start = time.perf_counter()
+        if inputs is None:
+            index = policy.index(budget)
+        else:
+            args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+            index = policy.index_of(budget, [plain(x) for x in self._bind(args, kwargs)])
+        self._policy_seconds += time.perf_counter() - start
+        return policy.chain.profiles[index]
 
     def explain(self, budget: Budget) -> Explanation:
         """Which profile a budget picks, what each limit leaves, and which one binds.
@@ -481,6 +531,14 @@ def check_input(spec: TensorSpec, value: Any) -> None:
         raise ValueError(
             f"input {spec.name!r}: not contiguous; try numpy.ascontiguousarray(x) or x.contiguous()"
         )
+
+
+def plain(value: Any) -> Any:
+    """A numpy view of an input."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return value.detach().numpy()
+    return np.asarray(value)
 
 
 def _contiguous(value: Any) -> bool:

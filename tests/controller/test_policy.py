@@ -8,9 +8,12 @@ from functools import cache
 import numpy as np
 import pytest
 
-from t3c.controller import policy as module
 from t3c.controller.fit_policy import Report, fit
-from t3c.controller.policy import (
+from t3c.core.budget import COSTS, Budget, Selector, costs
+from t3c.core.errors import ArtifactError, InfeasibleBudget, T3CError
+from t3c.core.profile import ProfileChain
+from t3c.runtime import policy as module
+from t3c.runtime.policy import (
     SUMMARY,
     Policy,
     PolicySelector,
@@ -18,9 +21,6 @@ from t3c.controller.policy import (
     summarize,
     table_of,
 )
-from t3c.core.budget import COSTS, Budget, Selector, costs
-from t3c.core.errors import ArtifactError, InfeasibleBudget, T3CError
-from t3c.core.profile import ProfileChain
 from tests.core.test_budget import chain_of
 
 INPUTS = 120

@@ -9,16 +9,18 @@ place the input is content with, and the least of all counts: never more than th
 Numpy is enough to use one; `t3c.controller.fit_policy` trains it (torch).
 """
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, final
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t3c.core.budget import Budget, Percentile, Selector, costs
+from t3c.core.artifact import Artifact, with_policy
+from t3c.core.budget import COSTS, PERCENTILES, Budget, Percentile, Selector, costs
 from t3c.core.errors import ArtifactError, T3CError
 from t3c.core.profile import Profile, ProfileChain
 
@@ -29,6 +31,8 @@ UNLIMITED = 1.15
 LEAST = -0.15
 KNOWN = 4096
 """Budgets that are remembered."""
+LOOKS = 8
+"""Timed looks at each call."""
 SUMMARY = 4
 """Features of an input summary."""
 
@@ -49,6 +53,15 @@ class Layers:
     bias: Array
     out: Array
     shift: float
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that do not fit, and numbers that are none."""
+        units = self.bias.shape
+        if self.hidden.ndim != 2 or (self.hidden.shape[0],) != units or self.out.shape != units:
+            shapes = self.hidden.shape, units, self.out.shape
+            raise ValueError(f"a network's weights are {shapes}; [n, inputs], [n] and [n] fit")
+        if not all(np.isfinite(x).all() for x in (self.hidden, self.bias, self.out, self.shift)):
+            raise ValueError("a network's weights hold NaN or infinity")
 
     def __call__(self, x: Array) -> float:
         """The place: 0 is the smallest profile, 1 the largest, and a little beyond."""
@@ -80,6 +93,8 @@ class Policy:
         floors: For each profile, where it is the largest feasible one: the smallest that an input
             may choose there. The profile itself where choosing did not pay on inputs that the
             policy was not fitted to: there the chain decides. Never falls; so choices do not.
+        look_s: Seconds that looking at an input takes where the policy was fitted; they count as
+            latency of the call.
     """
 
     components: tuple[str, ...]
@@ -90,9 +105,16 @@ class Policy:
     centre: Array = field(default_factory=lambda: np.zeros(0))
     scale: Array = field(default_factory=lambda: np.zeros(0))
     floors: tuple[int, ...] = ()
+    look_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what is not monotone by construction, or does not fit together."""
+        if not self.components or not set(self.components) <= set(COSTS):
+            raise ValueError(f"components are {self.components}; some of {', '.join(COSTS)} are")
+        if self.percentile not in PERCENTILES or not 0.0 <= self.look_s < math.inf:
+            raise ValueError(f"percentile {self.percentile!r} or look_s {self.look_s} is none")
+        if self.table.ndim != 2 or not ((0 < self.table) & (self.table < math.inf)).all():
+            raise ValueError("costs must be positive, finite numbers, a row for each component")
         if self.table.shape[0] != len(self.components) or (np.diff(self.table) < 0).any():
             raise ValueError(
                 "costs must rise along the chain, a row for each component; raise them to their "
@@ -101,7 +123,13 @@ class Policy:
         for name, curve in zip(self.components, self.curves, strict=True):
             if (curve.hidden < 0).any() or (curve.out < 0).any():
                 raise ValueError(f"the curve of {name} has a negative weight; it could fall")
+            if curve.hidden.shape[1] != 1:
+                raise ValueError(f"the curve of {name} takes more than one limit")
         if self.content is not None:
+            if {self.content.hidden.shape[1:], self.centre.shape, self.scale.shape} != {(SUMMARY,)}:
+                raise ValueError(f"a summary has {SUMMARY} features; other ones were fitted")
+            if not (np.isfinite(self.centre).all() and (self.scale > 0).all()):
+                raise ValueError("centre and scale of summaries must be finite, scale above 0")
             valid = all(0 <= floor <= k for k, floor in enumerate(self.floors))
             if (
                 not valid
@@ -152,6 +180,8 @@ class Policy:
         if self.content is None:
             return self.profiles - 1
         place = self.content((summary - self.centre) / self.scale)
+        if math.isnan(place):  # an input that holds NaN says nothing
+            return self.profiles - 1
         return whole(min(max(place, 0.0), 1.0) * (self.profiles - 1))
 
     def snap(self, budget: Budget, place: float) -> int:
@@ -184,6 +214,7 @@ class Policy:
             "centre": self.centre.tolist(),
             "scale": self.scale.tolist(),
             "floors": list(self.floors),
+            "look_s": self.look_s,
         }
 
     @staticmethod
@@ -205,6 +236,7 @@ class Policy:
                 np.array(data["centre"], np.float64),
                 np.array(data["scale"], np.float64),
                 tuple(data["floors"]),
+                float(data["look_s"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"this policy is damaged: {error}") from error
@@ -220,11 +252,10 @@ class PolicySelector:
         Raises:
             T3CError: It was not.
         """
-        table = table_of(chain, policy.components, policy.percentile)
-        if table.shape != policy.table.shape or not np.array_equal(table, policy.table):
+        if not fits(chain, policy):
             raise T3CError(
-                "this policy was fitted to other costs or profiles; fit it again "
-                "(t3c.controller.fit_policy) after measuring or lowering anew"
+                "this policy was fitted to other costs or profiles than those that are recorded "
+                "now; fit it again with `t3c policy`"
             )
         self.chain, self.policy = chain, policy
         self._selector = Selector(chain)
@@ -234,7 +265,7 @@ class PolicySelector:
         """Position of the profile to run.
 
         Without a summary the largest that keeps the budget, as `Selector.index`. With one that, or
-        a smaller one that the input is content with.
+        a smaller one that the input is content with; the time of looking counts as latency.
 
         Args:
             budget: Any; one that limits what the policy does not know is left to the chain.
@@ -243,15 +274,19 @@ class PolicySelector:
         Raises:
             InfeasibleBudget: As `Selector.index`.
         """
-        largest = self._known.get(budget)
-        if largest is None:
-            if len(self._known) >= KNOWN:
-                self._known.clear()
-            largest = self._known[budget] = self._largest(budget)
-        policy = self.policy
-        if summary is None or policy.content is None or not self._covers(budget):
+        least, largest = self._room(budget, looks=summary is not None)
+        if summary is None or least == largest:
             return largest
-        return max(policy.floors[largest], min(largest, policy.enough(summary)))
+        return max(least, min(largest, self.policy.enough(summary)))
+
+    def index_of(self, budget: Budget, inputs: Sequence[Any]) -> int:
+        """As `index` for the flat inputs of a call, which are looked at only where that can matter.
+
+        Raises:
+            InfeasibleBudget: As `index`.
+        """
+        least, largest = self._room(budget, looks=True)
+        return largest if least == largest else self.index(budget, summarize(inputs))
 
     def select(self, budget: Budget, summary: Array | None = None) -> Profile:
         """The profile at `index`.
@@ -260,6 +295,22 @@ class PolicySelector:
             InfeasibleBudget: As `index`.
         """
         return self.chain.profiles[self.index(budget, summary)]
+
+    def _room(self, budget: Budget, *, looks: bool) -> tuple[int, int]:
+        """Between which profiles an input may choose; equal ones: there is nothing to choose."""
+        largest = self._known.get(budget)
+        if largest is None:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            largest = self._known[budget] = self._largest(budget)
+        policy = self.policy
+        if not looks or policy.content is None or not self._covers(budget):
+            return largest, largest
+        if budget.latency_ms is not None:
+            left = budget.latency_ms - policy.look_s * 1e3
+            # where no time is left for looking the smallest runs, which needs no look
+            largest = policy.snap(replace(budget, latency_ms=left), largest) if left > 0 else 0
+        return policy.floors[max(0, largest)], max(0, largest)
 
     def _covers(self, budget: Budget) -> bool:
         policy = self.policy
@@ -271,6 +322,64 @@ class PolicySelector:
             return self._selector.index(budget)
         found = self.policy.snap(budget, self.policy.position(budget))
         return self._selector.index(budget) if found < 0 else found  # which tells why not
+
+
+def keep(artifact: Artifact, policy: Policy, report: Mapping[str, Any]) -> Artifact:
+    """Write a policy into an artifact, whole or not at all; it takes the place of an earlier one.
+
+    Args:
+        artifact: Its manifest is replaced.
+        policy: Made for its chain.
+        report: What else is known of the policy, for readers of the file.
+
+    Raises:
+        T3CError: It was made for another chain.
+    """
+    PolicySelector(artifact.manifest.chain, policy)
+    text = json.dumps({**policy.to_json(), "report": report}, indent=1, allow_nan=False)
+    return with_policy(artifact, text.encode() + b"\n")
+
+
+def stored(artifact: Artifact) -> Policy | None:
+    """The policy that an artifact names; None: it names none.
+
+    Raises:
+        ArtifactError: The file is damaged, or of a newer schema.
+    """
+    if artifact.manifest.policy is None:
+        return None
+    file = artifact.path / artifact.manifest.policy
+    try:
+        data = json.loads(file.read_bytes())
+        return Policy.from_json(data)
+    except (OSError, ValueError, AttributeError, ArtifactError) as error:
+        raise ArtifactError(f"{file}: {error}; fit it again with `t3c policy`") from error
+
+
+def opened(artifact: Artifact, wanted: bool | Literal["auto"]) -> PolicySelector | None:
+    """What picks profiles by an artifact's policy; None: nothing shall, or with "auto" can.
+
+    Raises:
+        ArtifactError: A policy is wanted and there is none, or it is damaged.
+        T3CError: It was fitted to other costs; "auto" leaves it out instead.
+        ValueError: `wanted` is something else.
+    """
+    if wanted not in (False, True, "auto"):
+        raise ValueError(f"policy is {wanted!r}; allowed are False, True, 'auto'")
+    found = stored(artifact) if wanted else None
+    if found is None:
+        if wanted and wanted != "auto":
+            raise ArtifactError(f"{artifact.path}: no policy in it; fit one with `t3c policy`")
+        return None
+    chain = artifact.manifest.chain
+    if wanted == "auto" and not fits(chain, found):
+        return None
+    return PolicySelector(chain, found)
+
+
+def fits(chain: ProfileChain, policy: Policy) -> bool:
+    """Whether a policy was fitted to these profiles and their costs."""
+    return np.array_equal(table_of(chain, policy.components, policy.percentile), policy.table)
 
 
 def whole(place: float) -> int:
@@ -313,3 +422,17 @@ def decision_seconds(
         selector.index(budget, None if inputs is None else summarize(inputs))
         found.append(time.perf_counter() - start)
     return found
+
+
+def with_look(chain: ProfileChain, policy: Policy, calls: Sequence[Sequence[Any]]) -> Policy:
+    """The policy with what looking at inputs takes here: the 95th percentile over some calls.
+
+    Args:
+        chain: What the policy was fitted to.
+        policy: One that looks at inputs.
+        calls: Flat inputs of each; at least one.
+    """
+    selector = PolicySelector(chain, policy)
+    largest = Budget(**{policy.components[0]: float(policy.table[0, -1])})  # type: ignore[arg-type]
+    times = [t for call in calls for t in decision_seconds(selector, [largest] * LOOKS, call)]
+    return replace(policy, look_s=float(np.percentile(times, 95)))
