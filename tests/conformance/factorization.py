@@ -8,6 +8,7 @@ from torch import Tensor
 
 from t3c.core.errors import T3CError
 from t3c.elastic.factorize.base import AbstractFactorizer, Factors, Ranks, damped, second_moment
+from t3c.elastic.factorize.eora import BASE_SHARE
 
 DAMPING = 1e-3
 
@@ -96,6 +97,8 @@ class FactorizationConformance:
         """The part of a factor that these ranks read."""
         a, b = ranks[0], ranks[-1]
         match name:
+            case "base":
+                return value
             case "high" | "cp_out" | "expand":
                 return value[:, :b]
             case "core":
@@ -119,7 +122,10 @@ class FactorizationConformance:
                 continue
             torch.manual_seed(0)
             full = self.factorizer.split(weight, ranks=(r, r))
-            counted = sum(self.cut(name, f, (r, r)).numel() for name, f in full.items())
+            counted = sum(
+                self.cut(name, f, (r, r)).numel() * (BASE_SHARE if name == "base" else 1)
+                for name, f in full.items()
+            )
             reach = min(
                 f.shape[0] for name, f in full.items() if name in ("low", "reduce", "cp_in")
             )

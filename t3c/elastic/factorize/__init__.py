@@ -7,6 +7,8 @@ FACTORIZATIONS: Mapping[str, str] = {
     "whitened-svd": "t3c.elastic.factorize.whitened_svd:WHITENED_SVD",
     "kronecker-svd": "t3c.elastic.factorize.whitened_svd:KRONECKER_SVD",
     "saes-svd": "t3c.elastic.factorize.saes_svd:SAES_SVD",
+    "shared-input-svd": "t3c.elastic.factorize.shared_input:SHARED_INPUT_SVD",
+    "eora": "t3c.elastic.factorize.eora:EORA",
     "tucker2": "t3c.elastic.factorize.tucker2:TUCKER2",
     "cp": "t3c.elastic.factorize.cp:CP_ALS",
 }

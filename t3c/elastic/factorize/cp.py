@@ -1,5 +1,6 @@
 """Canonical polyadic decomposition: a convolution as 1x1, k x 1, 1 x k, 1x1 of one rank."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -18,14 +19,17 @@ _MODES = "oihw"
 class CpAls(AbstractFactorizer):
     """W [o, i, kh, kw] = sum_r cp_out[:, r] cp_in[r] cp_tall[r] cp_wide[r].
 
-    Alternating least squares from random starts; the best start wins, components are ordered by
-    norm. Unlike an SVD it has no exact end and its prefixes are not optimal.
+    Alternating least squares from random starts, on the weight scaled to about 1; the start whose
+    float32 factors are nearest to the weight wins, one that is not finite is passed over.
+    Components are ordered by norm. Unlike an SVD it has no exact end and its prefixes are not
+    optimal.
     Source: Lebedev et al. 2015 (arXiv 1412.6553).
 
     Attributes:
         restarts: Random starts.
         sweeps: Sweeps over the four modes of one start.
         ridge: Added to the normal equations, as a share of their mean diagonal.
+        floor: Added, too, of a weight scaled to about 1: for components that are zero.
         seed: Of the starts.
     """
 
@@ -34,6 +38,7 @@ class CpAls(AbstractFactorizer):
     restarts: int = 3
     sweeps: int = 40
     ridge: float = 1e-6
+    floor: float = 1e-30
     seed: int = 0
 
     def _split(
@@ -47,27 +52,32 @@ class CpAls(AbstractFactorizer):
         """Fit `ranks` = (rank,) components; None: min(out, in). Neither moment is used.
 
         Raises:
-            T3CError: Every start ended in NaN.
+            T3CError: Every start ended in NaN or infinity.
         """
         w = weight.detach().double()
+        unit = _power_of_two(float(w.abs().max()))  # the ridge's floor is absolute
+        w = w / unit
         rank = min(w.shape[:2]) if ranks is None else ranks[0]
         generator = torch.Generator().manual_seed(self.seed)
-        best: tuple[float, list[Tensor]] | None = None
+        best: tuple[float, Factors] | None = None
         for _ in range(self.restarts):
             start = [
                 torch.randn(n, rank, generator=generator, dtype=w.dtype).to(w.device)
                 for n in w.shape
             ]
             modes = self._fit(w, start)
-            error = float((w - _compose(modes)).norm())
-            if error == error and (best is None or error < best[0]):  # a NaN is not itself
-                best = (error, modes)
+            modes[0] = modes[0] * unit
+            found = _spread(modes)
+            given = self.merge({name: factor.double() for name, factor in found.items()})
+            error = float((w - given / unit).norm())
+            if math.isfinite(error) and (best is None or error < best[0]):
+                best = (error, found)
         if best is None:
             raise T3CError(
                 f"CP of rank {rank} diverged from {self.restarts} starts on a weight "
                 f"{tuple(w.shape)}; use a smaller rank or 'tucker2'"
             )
-        return _spread(best[1])
+        return best[1]
 
     def _fit(self, w: Tensor, modes: list[Tensor]) -> list[Tensor]:
         """Alternating least squares; stops when a mode is no longer finite."""
@@ -80,7 +90,7 @@ class CpAls(AbstractFactorizer):
                 gram = torch.ones_like(others[0].t() @ others[0])
                 for other in others:
                     gram = gram * (other.t() @ other)
-                bump = self.ridge * gram.diagonal().mean() + 1e-30
+                bump = self.ridge * gram.diagonal().mean() + self.floor
                 gram = gram + bump * torch.eye(len(gram), dtype=w.dtype, device=w.device)
                 solved, info = torch.linalg.solve_ex(gram, rhs.t())
                 if int(info) or not bool(torch.isfinite(solved).all()):
@@ -105,8 +115,9 @@ class CpAls(AbstractFactorizer):
         return o * i * kh * kw / (o + i + kh + kw)
 
 
-def _compose(modes: list[Tensor]) -> Tensor:
-    return torch.einsum("or,ir,hr,wr->oihw", *modes)
+def _power_of_two(peak: float) -> float:
+    """The largest power of two up to `peak`, by which division is exact; 1 for 0."""
+    return 2.0 ** math.floor(math.log2(peak)) if peak > 0 else 1.0
 
 
 def _spread(modes: list[Tensor]) -> Factors:

@@ -9,7 +9,9 @@ from t3c.core.registry import resolve
 from t3c.elastic.factorize import DEFAULT, FACTORIZATIONS, LOW_RANK
 from t3c.elastic.factorize.base import AbstractFactorizer, damped, principal, second_moment
 from t3c.elastic.factorize.cp import CP_ALS, CpAls
+from t3c.elastic.factorize.eora import EORA
 from t3c.elastic.factorize.saes_svd import SAES_SVD, SaesSvd
+from t3c.elastic.factorize.shared_input import SHARED_INPUT_SVD
 from t3c.elastic.factorize.svd import SVD
 from t3c.elastic.factorize.tucker2 import TUCKER2, Tucker2Hosvd
 from t3c.elastic.factorize.whitened_svd import KRONECKER_SVD, WHITENED_SVD
@@ -39,6 +41,16 @@ class TestKroneckerSvd(FactorizationConformance):
 
 class TestSaesSvd(FactorizationConformance):
     factorizer = SAES_SVD
+    outputs = True
+
+
+class TestSharedInputSvd(FactorizationConformance):
+    factorizer = SHARED_INPUT_SVD
+    outputs = True
+
+
+class TestEora(FactorizationConformance):
+    factorizer = EORA
     outputs = True
 
 
@@ -198,6 +210,19 @@ def test_hooi_is_no_worse_than_hosvd_where_it_refines() -> None:
     assert errors[1] <= errors[0] * (1 + 1e-6)
 
 
+def test_hooi_lowers_the_error_in_the_metric_of_the_inputs() -> None:
+    draw = torch.Generator().manual_seed(9)
+    w = torch.randn(16, 12, 3, 3, generator=draw)
+    moment = second_moment(torch.randn(200, 12, generator=draw) * torch.logspace(-1, 1, 12))
+    metric = damped(moment, TUCKER2.damping)
+
+    def lost(found: Tucker2Hosvd) -> float:
+        off = found.residual(w, found.split(w, moment), (6, 8)).double()
+        return float(torch.einsum("oihw,ij,ojhw->", off, metric, off))
+
+    assert lost(TUCKER2) < lost(Tucker2Hosvd(sweeps=0))
+
+
 @pytest.mark.parametrize("weighed", [False, True])
 def test_tucker2_that_knows_the_outputs_has_their_best_basis(weighed: bool) -> None:
     draw = torch.Generator().manual_seed(4)
@@ -253,6 +278,47 @@ def test_a_start_of_cp_that_diverges_is_passed_over(monkeypatch: pytest.MonkeyPa
     factors = CpAls(restarts=2, sweeps=2).split(torch.randn(4, 4, 3, 3), ranks=(2,))
     assert starts == [0, 1]
     assert all(bool(torch.isfinite(f).all()) for f in factors.values())
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e30, 1e37])
+def test_cp_fits_weights_of_any_scale_alike(scale: float) -> None:
+    draw = torch.Generator().manual_seed(6)
+    w = torch.randn(6, 5, 3, 3, generator=draw).double()
+
+    def lost(times: float) -> float:
+        scaled = (w * times).float()
+        factors = CpAls(sweeps=8).split(scaled, ranks=(3,))
+        off = CP_ALS.merge({n: f.double() for n, f in factors.items()}) - scaled.double()
+        return float(off.norm() / scaled.double().norm())
+
+    assert lost(scale) == pytest.approx(lost(1.0), rel=1e-3)
+    assert lost(1.0) < 0.95
+
+
+def _no_best_rank_two() -> torch.Tensor:
+    """Rank 4, but the limit of tensors of rank 2: components that fit it well grow and cancel."""
+    spots = ((0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0))
+    w = torch.zeros(4, 4, 3, 3)
+    for at in spots:
+        w[at] = 1.0
+    return w
+
+
+def test_cp_stays_finite_and_useful_where_no_best_fit_exists() -> None:
+    w = _no_best_rank_two()
+    factors = CP_ALS.split(w, ranks=(2,))
+    assert all(bool(torch.isfinite(f).all()) for f in factors.values())
+    assert float(CP_ALS.residual(w, factors, (2,)).norm() / w.norm()) < 0.1
+    assert max(float(f.abs().max()) for f in factors.values()) < 100
+
+
+def test_singular_systems_of_cp_are_passed_over_and_refused_when_there_is_nothing_else() -> None:
+    w = torch.zeros(4, 4, 3, 3)
+    w[0, 0, 0, 0] = 1.0  # of rank 1: with three components the normal equations are singular
+    with pytest.raises(T3CError, match=r"CP of rank 3 diverged from 3 starts .*smaller rank"):
+        CpAls(ridge=0.0, floor=0.0).split(w, ranks=(3,))
+    factors = CP_ALS.split(w, ranks=(3,))
+    assert float(CP_ALS.residual(w, factors, (3,)).norm()) < 1e-4
 
 
 def test_cp_that_diverges_from_every_start_is_refused() -> None:
