@@ -161,31 +161,49 @@ class Dataset:
         path: The file.
         device: What the rows hold for.
         rows: Key -> row, in the order in which they were measured.
+        source: The device whose model these few rows were chosen to transfer; None: they stand
+            alone.
     """
 
-    def __init__(self, path: Path, device: Device, rows: Mapping[str, Measured]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        rows: Mapping[str, Measured],
+        source: Device | None = None,
+    ) -> None:
         """Wrap what was read; see `open` and `read`."""
         self.path = path
         self.device = device
+        self.source = source
         self.rows = dict(rows)
 
     @classmethod
-    def open(cls, path: Path, device: Device, say: Callable[[str], None]) -> Self:
+    def open(
+        cls,
+        path: Path,
+        device: Device,
+        say: Callable[[str], None],
+        source: Device | None = None,
+    ) -> Self:
         """The dataset to go on with; a new one if there is none.
 
         Args:
             path: The file.
             device: What will be measured on.
             say: Told if half a line was dropped.
+            source: Written to a new file; see the attribute.
 
         Raises:
             CostModelError: Rows are corrupted, or of another device.
         """
         if not path.exists() or not path.stat().st_size:
             path.parent.mkdir(parents=True, exist_ok=True)
-            head = {"schema": SCHEMA, "device": device.to_json()}
+            head: dict[str, Any] = {"schema": SCHEMA, "device": device.to_json()}
+            if source is not None:
+                head["transfer_from"] = source.to_json()
             _append(path, _line(head))
-            return cls(path, device, {})
+            return cls(path, device, {}, source)
         found, whole = _read(path, say)
         if differ := found.device.differences(device):
             raise CostModelError(
@@ -195,7 +213,7 @@ class Dataset:
         if whole < path.stat().st_size:
             with path.open("r+b") as file:
                 file.truncate(whole)
-        return cls(path, device, found.rows)
+        return cls(path, device, found.rows, found.source)
 
     @classmethod
     def read(cls, path: Path, say: Callable[[str], None] = lambda _: None) -> Self:
@@ -207,7 +225,7 @@ class Dataset:
         if not path.exists():
             raise CostModelError(f"{path}: no such file; `t3c measure --out {path}` makes one")
         found, _ = _read(path, say)
-        return cls(path, found.device, found.rows)
+        return cls(path, found.device, found.rows, found.source)
 
     @property
     def kernels(self) -> list[KernelRow]:
@@ -264,7 +282,9 @@ def _read(path: Path, say: Callable[[str], None]) -> tuple[Dataset, int]:
         except (KeyError, TypeError, ValueError, T3CError) as error:
             raise _corrupted(path, number, repr(error)) from error
         rows.setdefault(row.key, row)
-    return Dataset(path, Device.from_json(head["device"]), rows), whole
+    source = head.get("transfer_from")
+    device = Device.from_json(head["device"])
+    return Dataset(path, device, rows, None if source is None else Device.from_json(source)), whole
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -3,6 +3,8 @@
 log t = share x log(roofline) + trees(features), the trees monotone in all that grows. The roofline
 has constants of its own for every kind of kernel. A network takes
 a x (sum of its layers) + b x float32 multiply-adds + c x bytes moved + d x calls + e.
+Joules follow the same law, where they were metered. A model of another device keeps that one's
+trees as they are and has a roofline of its own (`t3c.cost_models.transfer`).
 Intervals are split-conformal: quantiles of the error on shapes and networks that were left out.
 Source: Chen and Guestrin, XGBoost, KDD 2016; Vovk et al., Algorithmic Learning, section 4.2.
 """
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 from t3c.core.artifact import write_atomic
 from t3c.core.errors import CostModelError
+from t3c.core.profile import Label
 from t3c.core.sites import LinearSite
 from t3c.cost_models.base import AbstractCostModel, Row, Work
 from t3c.cost_models.dataset import Dataset, ProfileRow, kernel_key
@@ -30,7 +33,7 @@ from t3c.cost_models.features import CONSTRAINTS, FEW, Numbers, features, kind_o
 from t3c.cost_models.roofline import RooflineModel, non_negative
 from t3c.targets.base import Roofline, TargetSpec
 
-SCHEMA = 1
+SCHEMA = 2
 COVERAGE = 0.9
 """Share of new kernels, or networks, that an interval shall hold."""
 SHARE = 0.7
@@ -70,9 +73,13 @@ class LearnedModel(AbstractCostModel):
         device: Where it was measured; None: nowhere.
         prior: Kind of kernel -> seconds of a unit of each count (`features.work`).
         trees: Boosters as XGBoost's own JSON; their mean counts.
-        network: Weights of a network's parts (`_parts`); empty: not learnt.
+        network: Weights of a network's parts (`parts`); empty: not learnt.
         spread: Quantile of the absolute log error of kernels; infinite: no interval.
         network_spread: The same of networks.
+        spread_label: Whether `spread` was seen on rows that were left out, or is assumed.
+        network_spread_label: The same of `network_spread`.
+        base: The model of another device whose trees are added; None: this one stands alone.
+        metered: Energy on this device; None: nothing was metered.
     """
 
     constants: Roofline
@@ -82,6 +89,10 @@ class LearnedModel(AbstractCostModel):
     network: tuple[float, ...] = ()
     spread: float = math.inf
     network_spread: float = math.inf
+    spread_label: Label = Label.MEASURED
+    network_spread_label: Label = Label.MEASURED
+    base: "LearnedModel | None" = None
+    metered: "Metered | None" = None
 
     @classmethod
     def of(cls, spec: TargetSpec) -> Self:
@@ -99,7 +110,8 @@ class LearnedModel(AbstractCostModel):
         if len(kernels) < LEAST:
             raise CostModelError(
                 f"{dataset.path} holds {len(kernels)} kernels; a model needs at least {LEAST}: "
-                "measure on with `t3c measure`"
+                "measure on with `t3c measure`, or adapt another device's model to them "
+                "(`t3c fit --transfer-from`)"
             )
         seconds = [row.seconds.p50_s for row in kernels]
         groups = [row.group or kernel_key(row.row) for row in kernels]
@@ -152,20 +164,32 @@ class LearnedModel(AbstractCostModel):
         made = replace(self, prior=prior, trees=(), spread=math.inf)
         if len(rows) < LEAST:
             return made
+        return made.with_trees(rows, times, SETTINGS, ROUNDS)
+
+    def with_trees(
+        self, rows: Sequence[Row], times: Numbers, settings: Mapping[str, Any], rounds: int
+    ) -> Self:
+        """The model with trees on what it leaves unexplained without them.
+
+        Args:
+            rows: What was measured.
+            times: Median of each, seconds.
+            settings: Of XGBoost.
+            rounds: Trees of a booster.
+        """
+        made = replace(self, trees=())
         base = made._prior(rows)
         x = features(rows, base, self.constants)
-        target = np.log(times) - SHARE * np.log(base)
+        target = np.log(times) - SHARE * np.log(base) - made._grown(rows, base)
         data = xgboost.DMatrix(x, label=target)
-        constraints = "(" + ",".join(map(str, CONSTRAINTS)) + ")"
+        fixed = {
+            "monotone_constraints": "(" + ",".join(map(str, CONSTRAINTS)) + ")",
+            "base_score": float(np.median(target)),
+        }
         trees = []
         for seed in range(BAGS):
-            settings = {
-                **SETTINGS,
-                "seed": seed,
-                "monotone_constraints": constraints,
-                "base_score": float(np.median(target)),
-            }
-            raw = xgboost.train(settings, data, ROUNDS).save_raw("json")
+            given = {**settings, **fixed, "seed": seed}
+            raw = xgboost.train(given, data, rounds).save_raw("json")
             trees.append(json.dumps(json.loads(bytes(raw))))
         return replace(made, trees=tuple(trees))
 
@@ -174,7 +198,7 @@ class LearnedModel(AbstractCostModel):
         names = [p.network for p in profiles]
         if len(set(names)) < 2:
             return self
-        parts = np.stack([self._parts(p.layers, p.rest) for p in profiles])
+        parts = np.stack([self.parts(p.layers, p.rest) for p in profiles])
         times = np.array([p.seconds.p50_s for p in profiles])
         inside = np.array([min(p.inside_s, p.seconds.p50_s) for p in profiles])
         errors = np.zeros(len(times))
@@ -185,7 +209,7 @@ class LearnedModel(AbstractCostModel):
         found = _composition(parts, times, inside)
         return replace(self, network=found, network_spread=conformal(errors))
 
-    def _parts(self, layers: Sequence[Row], rest: Work) -> Numbers:
+    def parts(self, layers: Sequence[Row], rest: Work) -> Numbers:
         """(seconds of the layers one by one, float32 multiply-adds, bytes, calls, 1)."""
         threads = layers[0].threads if layers else 1
         inside = math.fsum(self.predict(layers))
@@ -197,11 +221,24 @@ class LearnedModel(AbstractCostModel):
         if not rows:
             return []
         base = self._prior(rows)
-        if not self.trees:
+        if not self.trees and self.base is None:
             return [float(t) for t in base]
-        x = xgboost.DMatrix(features(rows, base, self.constants))
-        each = [_booster(text).predict(x, output_margin=True).astype(float) for text in self.trees]
-        return [float(t) for t in np.exp(np.mean(each, axis=0) + SHARE * np.log(base))]
+        return [float(t) for t in np.exp(self._grown(rows, base) + SHARE * np.log(base))]
+
+    def grown(self, rows: Sequence[Row]) -> Numbers:
+        """What trees add to the logarithm of `SHARE` of the roofline."""
+        return self._grown(rows, self._prior(rows))
+
+    def _grown(self, rows: Sequence[Row], base: Numbers) -> Numbers:
+        """What trees add to the logarithm; those of another device see that one's roofline."""
+        added = np.zeros(len(rows))
+        if self.base is not None:
+            added += self.base._grown(rows, self.base._prior(rows))
+        if self.trees:
+            x = xgboost.DMatrix(features(rows, base, self.constants))
+            each = [_booster(t).predict(x, output_margin=True).astype(float) for t in self.trees]
+            added += np.mean(each, axis=0)
+        return added
 
     def predict_interval(self, rows: Sequence[Row]) -> list[tuple[float, float]]:
         """Seconds between which `COVERAGE` of new kernels of the measured kinds lie."""
@@ -218,7 +255,7 @@ class LearnedModel(AbstractCostModel):
 
     def predict_network(self, layers: Sequence[Row], rest: Work) -> float:
         """Seconds of one call of a network: layers, what is between them, and the call."""
-        parts = self._parts(layers, rest)
+        parts = self.parts(layers, rest)
         if not self.network:
             return float(parts[0]) + self.predict_rest(rest, layers[0].threads if layers else 1)
         return float(parts @ np.array(self.network))
@@ -269,7 +306,13 @@ class LearnedModel(AbstractCostModel):
 
     def save(self, path: Path) -> None:
         """Write one JSON file with its own SHA-256; trees are XGBoost's JSON."""
-        document = {
+        document = self.to_json()
+        write_atomic(path, json.dumps({**document, "sha256": _digest(document)}).encode())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the models that it rests on, too."""
+        metered = self.metered
+        return {
             "schema": SCHEMA,
             "model": "learned",
             "constants": asdict(self.constants),
@@ -278,9 +321,14 @@ class LearnedModel(AbstractCostModel):
             "network": list(self.network),
             "spread": _number(self.spread),
             "network_spread": _number(self.network_spread),
+            "spread_label": str(self.spread_label),
+            "network_spread_label": str(self.network_spread_label),
             "trees": [json.loads(text) for text in self.trees],
+            "transferred_from": None if self.base is None else self.base.to_json(),
+            "energy": None
+            if metered is None
+            else {"meter": metered.meter, "joules": metered.model.to_json()},
         }
-        write_atomic(path, json.dumps({**document, "sha256": _digest(document)}).encode())
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -303,9 +351,15 @@ class LearnedModel(AbstractCostModel):
             )
         if digest != _digest(document):
             raise CostModelError(f"{path} is damaged: its hash does not fit; fit the model again")
+        return cls.from_json(document)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote; files of schema 1 stand alone and know no energy."""
         constants: dict[str, Any] = dict(document["constants"])
         constants["tile"] = tuple(constants["tile"])
         device = document["device"]
+        base, energy = document.get("transferred_from"), document.get("energy")
         return cls(
             Roofline(**constants),
             None if device is None else Device.from_json(device),
@@ -314,7 +368,27 @@ class LearnedModel(AbstractCostModel):
             tuple(document["network"]),
             _infinite(document["spread"]),
             _infinite(document["network_spread"]),
+            Label(document.get("spread_label", Label.MEASURED)),
+            Label(document.get("network_spread_label", Label.MEASURED)),
+            None if base is None else cls.from_json(base),
+            None
+            if energy is None
+            else Metered(cls.from_json(energy["joules"]), str(energy["meter"])),
         )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """Energy of one device, learnt from a meter: everything that the meter saw during a call.
+
+    Attributes:
+        model: Predicts joules where models of time predict seconds.
+        meter: Name of the meter.
+    """
+
+    model: LearnedModel
+    meter: str
 
 
 def conformal(errors: NDArray[np.float64], coverage: float = COVERAGE) -> float:
@@ -330,7 +404,7 @@ def _composition(parts: Numbers, times: Numbers, inside: Numbers) -> tuple[float
     Source: iteratively reweighted least squares; errors below `SMALL` count as squares.
 
     Args:
-        parts: Of each profile (`LearnedModel._parts`).
+        parts: Of each profile (`LearnedModel.parts`).
         times: Its seconds.
         inside: Of them, seconds in its layers.
     """

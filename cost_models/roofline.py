@@ -44,7 +44,7 @@ class RooflineModel(AbstractCostModel):
 
     def predict(self, rows: Sequence[Row]) -> list[float]:
         """Seconds of each row."""
-        return [float(counts_of(row, self.constants) @ self._seconds_each()) for row in rows]
+        return [float(counts_of(row, self.constants) @ self.seconds_each()) for row in rows]
 
     def predict_rest(self, work: Work, threads: int = 1) -> float:
         """Seconds of what is not elastic: the slower of arithmetic and memory, plus the calls."""
@@ -103,7 +103,7 @@ class RooflineModel(AbstractCostModel):
         constants["tile"] = tuple(constants["tile"])
         return cls(Roofline(**constants))
 
-    def _seconds_each(self) -> NDArray[np.float64]:
+    def seconds_each(self) -> NDArray[np.float64]:
         """Seconds of one unit of each count."""
         c = self.constants
         rates = (1 / c.int8_macs_s, c.store_s, 1 / c.bytes_s, 1 / c.f32_macs_s)

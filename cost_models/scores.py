@@ -18,6 +18,7 @@ from t3c.cost_models.dataset import Dataset, KernelRow, ProfileRow, kernel_key
 from t3c.cost_models.features import Numbers, kind_of
 from t3c.cost_models.learned import LearnedModel
 from t3c.cost_models.roofline import RooflineModel
+from t3c.cost_models.transfer import transfer
 from t3c.targets.base import TargetSpec
 
 FOLDS = 5
@@ -244,6 +245,83 @@ def _judged(
     held = np.array([guess.held for guess in guesses])
     scores = {name: score(times, values, dense) for name, values in predicted.items()}
     return Judged(scores | {"learned": score(times, predicted["learned"], dense, held)}, guesses)
+
+
+def transfer_report(
+    base: LearnedModel, dataset: Dataset, spec: TargetSpec, *, any_family: bool = False
+) -> Report:
+    """Scores of a transferred model, on shapes and networks of the new device that are left out.
+
+    Args:
+        base: The model of the other device.
+        dataset: What was measured on the new one.
+        spec: The new one's target.
+        any_family: See `t3c.cost_models.transfer.transfer`.
+    """
+    kernels, device = dataset.kernels, dataset.device
+    times = np.array([k.seconds.p50_s for k in kernels])
+    groups = [k.group or kernel_key(k.row) for k in kernels]
+    predicted: dict[str, Numbers] = {"learned": np.zeros(len(kernels))}
+    ends = np.zeros((len(kernels), 2))
+    for number in range(FOLDS):
+        out = folds(groups) == number
+        if not out.any():
+            continue
+        seen = [k for k, o in zip(kernels, out, strict=True) if not o]
+        asked = [k.row for k, o in zip(kernels, out, strict=True) if o]
+        model = transfer(base, seen, [], spec, device, any_family=any_family)
+        found = {"learned": model.predict(asked), **rivals(base, seen, asked, spec)}
+        for name, values in found.items():
+            predicted.setdefault(name, np.zeros(len(kernels)))[out] = values
+        ends[out] = model.predict_interval(asked)
+    alone = list(range(len(times)))
+    judged = _judged(times, predicted, alone, ends) if kernels else Judged({}, ())
+    return Report(judged, _transfer_networks(base, dataset, spec, any_family=any_family))
+
+
+def _transfer_networks(
+    base: LearnedModel, dataset: Dataset, spec: TargetSpec, *, any_family: bool
+) -> Judged:
+    """Networks that are left out one by one; nothing for fewer than three."""
+    profiles = dataset.profiles
+    names = list(dict.fromkeys(p.network for p in profiles))
+    if len(names) < 3:
+        return Judged({}, ())
+    predicted, ends = np.zeros(len(profiles)), np.zeros((len(profiles), 2))
+    times = np.array([p.seconds.p50_s for p in profiles])
+    for name in names:
+        known = [p for p in profiles if p.network != name]
+        model = transfer(base, dataset.kernels, known, spec, dataset.device, any_family=any_family)
+        for i, p in enumerate(profiles):
+            if p.network == name:
+                predicted[i] = model.predict_network(p.layers, p.rest)
+                ends[i] = model.predict_network_interval(p.layers, p.rest)
+    return _judged(times, {"learned": predicted}, list(range(len(times))), ends)
+
+
+def rivals(
+    base: LearnedModel, seen: Sequence[KernelRow], asked: Sequence[Row], spec: TargetSpec
+) -> dict[str, list[float]]:
+    """Contestant -> predictions of what is simpler than a transfer, from the same rows.
+
+    Args:
+        base: The model of the other device.
+        seen: Measured on the new device.
+        asked: What is predicted.
+        spec: The new device's target.
+    """
+    rows, times = [k.row for k in seen], [k.seconds.p50_s for k in seen]
+    old = np.array(base.predict(asked))
+    factor = float(np.exp(np.median(np.log(times) - np.log(base.predict(rows))))) if rows else 1.0
+    found = {
+        "other device, one factor": (factor * old).tolist(),
+        "roofline": RooflineModel.of(spec).predict(asked),
+    }
+    if len(rows) >= 5:
+        found["roofline, fitted"] = RooflineModel.of(spec).fit(rows, times).predict(asked)
+        groups = [k.group or kernel_key(k.row) for k in seen]
+        found["fitted alone"] = LearnedModel.of(spec).fit_groups(rows, times, groups).predict(asked)
+    return found
 
 
 def folds(groups: Sequence[str], count: int = FOLDS) -> Numbers:

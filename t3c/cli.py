@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,6 +92,7 @@ Level = Annotated[
 Kind = Annotated[
     Literal["calibrated", "sound"], typer.Option(help="Which bound --max-drift compares.")
 ]
+AnyFamily = Annotated[bool, typer.Option("--any-family", help="Even from another instruction set.")]
 Inputs = Annotated[
     Path | None,
     typer.Option("--inputs", help="npz file: input name -> array. Default: invented, seed 0."),
@@ -641,7 +643,14 @@ def measure(
         str | None, typer.Option(help="What to call a remote device; none: it is this machine.")
     ] = None,
     key: Annotated[str, typer.Option(help="Key of RPC servers.")] = "",
-    kernels: Annotated[int, typer.Option(min=1, help="Layers to measure, about.")] = 480,
+    kernels: Annotated[
+        int | None, typer.Option(min=1, help="Layers to measure, about; 480, or 40 to transfer.")
+    ] = None,
+    transfer_from: Annotated[
+        Path | None,
+        typer.Option(help="Model of another device: measure the few rows that adapt it."),
+    ] = None,
+    any_family: AnyFamily = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -649,6 +658,7 @@ def measure(
     """Time layers and small networks, for a cost model; a killed run goes on."""
     with command(as_json, quiet, debug) as console:
         run: Any = import_module("t3c.measurement.run")
+        plan, source = _to_measure(run, kernels, transfer_from, target, any_family)
         with _progress(console) as progress:
             found = run.measure_on(
                 device,
@@ -658,13 +668,29 @@ def measure(
                 target=target,
                 name=name,
                 key=key,
-                plan=run.Plan(kernels=kernels),
+                plan=plan,
+                source=source,
                 progress=progress,
                 say=console.remark,
             )
         count = {"kernels": len(found.kernels), "profiles": len(found.profiles)}
         console.show(f"{out}: {count['kernels']} kernels, {count['profiles']} profiles")
         console.data({"rows": str(out), "device": found.device.to_json(), **count})
+
+
+def _to_measure(
+    run: Any, kernels: int | None, base: Path | None, target: str | None, any_family: bool
+) -> tuple[Any, Any]:
+    """What to measure, and the device whose model will be transferred; None: no other's."""
+    if base is None:
+        return run.Plan(kernels=480 if kernels is None else kernels), None
+    learned: Any = import_module("t3c.cost_models.learned")
+    targets = import_module("t3c.targets")
+    spec = targets.detect_host() if target is None else targets.get(target)
+    model = learned.LearnedModel.load(base)
+    import_module("t3c.cost_models.transfer").check(model, spec, any_family=any_family)
+    plan = run.Plan(40 if kernels is None else kernels, run.FEW_NETWORKS, few=True)
+    return plan, model.device
 
 
 @app.command(epilog=EXIT_CODES)
@@ -680,6 +706,11 @@ def fit(
         Path | None,
         typer.Option(help="Picture of predicted against measured times of what it had not seen."),
     ] = None,
+    transfer_from: Annotated[
+        Path | None,
+        typer.Option(help="Model of another device, which these few rows adapt to this one."),
+    ] = None,
+    any_family: AnyFamily = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -690,11 +721,22 @@ def fit(
         learned: Any = import_module("t3c.cost_models.learned")
         data = import_module("t3c.cost_models.dataset").Dataset.read(rows, console.remark)
         spec = device.target_of(data.device)
-        model = learned.LearnedModel.learn(data, spec)
-        model.save(out)
+        judge: Any = import_module("t3c.cost_models.scores")
         scores: dict[str, Any] = {}
+        if transfer_from is None:
+            model = learned.LearnedModel.learn(data, spec)
+            model.save(out)
+            judge_it = partial(judge.report, data, spec)
+        else:
+            base = learned.LearnedModel.load(transfer_from)
+            move: Any = import_module("t3c.cost_models.transfer")
+            model = move.transfer(
+                base, data.kernels, data.profiles, spec, data.device, any_family=any_family
+            )
+            model.save(out)
+            judge_it = partial(judge.transfer_report, base, data, spec, any_family=any_family)
         if report or plot is not None:
-            judged: Any = import_module("t3c.cost_models.scores").report(data, spec)
+            judged: Any = judge_it()
             scores = judged.to_json()
         for what, found in scores.items():
             lines = [{"model": name, **score} for name, score in found.items()]

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,10 +24,12 @@ from t3c.core.errors import (
     TargetError,
 )
 from t3c.core.manifest import Manifest, TargetInfo
+from t3c.cost_models.dataset import Dataset
 from t3c.cost_models.learned import LearnedModel
 from t3c.runtime import record
 from t3c.runtime.policy import keep
-from tests.cost_models.measured import DEVICE, dataset
+from t3c.targets.x86 import VNNI
+from tests.cost_models.measured import DEVICE, dataset, kernels
 from tests.runtime import toy
 from tests.runtime.test_policy import policy
 
@@ -439,6 +442,27 @@ def test_fit_writes_a_model_its_scores_and_a_picture(tmp_path: Path) -> None:
     assert set(scores["kernels"]) == {"learned", "roofline", "roofline, fitted", "table"}
     assert {"mape", "spearman", "coverage"} <= set(scores["networks"]["learned"])
     assert LearnedModel.load(model).device == DEVICE
+
+
+def test_few_rows_adapt_the_model_of_another_device(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    LearnedModel.learn(dataset(tmp_path / "old.jsonl", 60, 4), VNNI).save(old)
+    few = Dataset.open(tmp_path / "few.jsonl", replace(DEVICE, cpu="Other"), print, DEVICE)
+    few.append(kernels(6), few.device)
+    found = call("fit", few.path, "-o", new, "--transfer-from", old, "--json")
+    assert found.exit_code == 0, found.output
+    assert "other device, one factor" in json.loads(found.stdout)["scores"]["kernels"]
+    model = LearnedModel.load(new)
+    assert model.device == few.device
+    assert model.base is not None
+    assert model.base.device == DEVICE
+    wrong = call("measure", "-o", tmp_path / "none", "--target", "arm", "--transfer-from", old)
+    assert wrong.exit_code == 5
+    assert "--any-family" in wrong.stderr
+    assert not (tmp_path / "none").exists()
+    alone = call("fit", few.path, "-o", new)
+    assert alone.exit_code == 5
+    assert "--transfer-from" in alone.stderr
 
 
 def test_rows_that_are_corrupted_or_missing_are_exit_code_5(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from t3c.cost_models.dataset import (
 )
 from t3c.cost_models.design import design
 from t3c.cost_models.device import Device, this_device
+from t3c.cost_models.transfer import spread_out
 from t3c.measurement.hosts import Host, connect
 from t3c.measurement.units import MIXED, SHARES, Function, Unit, build_network, build_shard
 from t3c.measurement.zoo import NETWORKS
@@ -50,6 +51,10 @@ BATCH = 6
 """Units that are timed in turns."""
 ROUNDS = 8
 """Turns of the units of a batch."""
+FEW_NETWORKS = tuple(NETWORKS)[:4]
+"""Networks that adapt a model of another device."""
+FEW_FROM = 480
+"""Designed layers that a few are chosen from."""
 SHARD_CALLS, PROFILE_CALLS = 6, 8
 """Calls in a turn."""
 TRACES = 2
@@ -88,10 +93,13 @@ class Plan:
     Attributes:
         kernels: How many layers, about.
         networks: Names of networks of the zoo.
+        few: Whether the layers are spread over all kinds of kernels and over shapes, one of a shape
+            as far as there are shapes: for a model of another device that is transferred.
     """
 
     kernels: int = 480
     networks: tuple[str, ...] = tuple(NETWORKS)
+    few: bool = False
 
     def jobs(self, spec: TargetSpec, threads: int) -> list[Job]:
         """Shards and networks in turns.
@@ -103,12 +111,14 @@ class Plan:
             raise ValueError(f"no network {unknown[0]!r}; there are {', '.join(NETWORKS)}")
         families = families_of(spec)
         drawn = design(
-            self.kernels,
+            max(self.kernels, FEW_FROM) if self.few else self.kernels,
             spec.rank_step,
             four=families.linear.grouped is not None,
             codes=families.conv.static,
             threads=threads,
         )
+        if self.few:
+            drawn = spread_out(drawn, self.kernels)
         shards = []
         for i in range(0, len(drawn), SHARD):
             rows, groups = zip(*drawn[i : i + SHARD], strict=True)
@@ -132,6 +142,7 @@ def measure(
     plan: Plan | None = None,
     workers: int | None = None,
     folder: Path | None = None,
+    source: Device | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> Dataset:
@@ -149,6 +160,7 @@ def measure(
         plan: What to measure; None: the default.
         workers: Processes that build; 0: this one; None: a core each.
         folder: Of built units; None: the user's cache.
+        source: Whose model will be transferred, for the head of a new dataset; None: nobody's.
         progress: Called with (what, done, total).
         say: Told every remark.
 
@@ -162,7 +174,7 @@ def measure(
     start = time.monotonic()
     limit = start + 60 * minutes if minutes > 0 else float("inf")
     report = progress or (lambda *_: None)
-    dataset = Dataset.open(out, device, say)
+    dataset = Dataset.open(out, device, say, source)
     jobs = (Plan() if plan is None else plan).jobs(spec, device.threads)
     missing = [j for j in jobs if any(k not in dataset.rows for k in j.keys(device.threads))]
     where = (_cache(spec) if folder is None else folder).absolute()
@@ -191,6 +203,7 @@ def measure_on(
     plan: Plan | None = None,
     workers: int | None = None,
     folder: Path | None = None,
+    source: Device | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> Dataset:
@@ -208,6 +221,7 @@ def measure_on(
         plan: See `measure`.
         workers: See `measure`.
         folder: See `measure`.
+        source: See `measure`.
         progress: See `measure`.
         say: See `measure`.
     """
@@ -231,6 +245,7 @@ def measure_on(
         plan=plan,
         workers=workers,
         folder=folder,
+        source=source,
         progress=progress,
         say=say,
     )

@@ -9,6 +9,7 @@ from t3c.core.formats import Dense
 from t3c.cost_models.dataset import Dataset, kernel_key
 from t3c.cost_models.design import design
 from t3c.cost_models.device import this_device
+from t3c.cost_models.features import kind_of
 from t3c.measurement import run
 from t3c.measurement.hosts import Host, connect
 from t3c.measurement.run import Plan, frequency, measure, measure_on, sample
@@ -175,3 +176,23 @@ def test_threads_are_part_of_what_must_agree() -> None:
     one = this_device(targets.detect_host())
     assert one.differences(replace(one, threads=2)) == ["threads 1, not 2"]
     assert one.differences(one) == []
+
+
+def test_few_layers_are_spread_over_kinds_and_the_head_says_whose_model_they_adapt(
+    folder: Path, tmp_path: Path
+) -> None:
+    spec = targets.detect_host()
+    (job,) = Plan(kernels=12, networks=(), few=True).jobs(spec, 1)
+    assert len(job.rows) == len({kind_of(row) for row in job.rows}) == 12
+    source = replace(this_device(spec), cpu="Another")
+    found = measure_on(
+        "local",
+        tmp_path / "rows.jsonl",
+        minutes=1e-9,
+        plan=Plan(kernels=12, networks=(), few=True),
+        workers=0,
+        folder=folder / "none",
+        source=source,
+        say=print,
+    )
+    assert Dataset.read(found.path).source == source
