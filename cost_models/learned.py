@@ -413,11 +413,11 @@ def _composition(parts: Numbers, times: Numbers, inside: Numbers) -> tuple[float
     inside = np.where(known, inside, np.minimum(factor * parts[:, 0], times))
     outside = np.maximum(times - inside, 1e-3 * times)
     shares = outside / times
-    weights = np.ones(len(times))
-    for _ in range(STEPS):
-        found = np.array(non_negative(parts[:, 1:], outside, shares * weights))
+    found = np.array(non_negative(parts[:, 1:], outside, shares))
+    for _ in range(STEPS - 1):
         errors = np.abs(parts[:, 1:] @ found - outside) / times
         weights = 1 / np.sqrt(np.maximum(errors, SMALL))
+        found = np.array(non_negative(parts[:, 1:], outside, shares * weights))
     return factor, *found.tolist()
 
 

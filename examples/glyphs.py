@@ -210,13 +210,18 @@ def _spread(paths: list[Path], most: int) -> list[Path]:
 def _latin(path: Path) -> bool:
     """Whether the face has a glyph of its own for every character."""
     font = ImageFont.truetype(str(path), SIZE)
-    missing = bytes(font.getmask("\U0010fffe"))
-    masks = [bytes(font.getmask(c)) for c in CHARACTERS]
+    missing = _mask(font, "\U0010fffe")
+    masks = [_mask(font, c) for c in CHARACTERS]
     distinct = len(set(masks)) >= len(masks) - 4  # small capitals, one glyph for O and 0
     return distinct and all(any(m) and m != missing for m in masks)
 
 
-def _parts(faces: dict[str, list[Path]]) -> tuple[list[Path], list[Path], list[Path]]:
+def _mask(font: ImageFont.FreeTypeFont, character: str) -> bytes:
+    mask = font.getmask(character)
+    return bytes(mask)  # pyright: ignore[reportArgumentType]  # a sequence, which its stub omits
+
+
+def divided(faces: dict[str, list[Path]]) -> tuple[list[Path], list[Path], list[Path]]:
     """Faces of training, validation and test: families in a drawn order, 62 : 16 : 22 by faces."""
     order = np.random.default_rng(7).permutation(len(faces))
     names, total = list(faces), sum(map(len, faces.values()))
@@ -235,7 +240,7 @@ def _data(faces: dict[str, list[Path]], cache: bool) -> Data:
         with np.load(kept) as file:
             arrays = dict(file)
     else:
-        arrays = _drawn(_parts(faces))
+        arrays = _drawn(divided(faces))
         if cache:
             _write(kept, lambda path: np.savez_compressed(path, allow_pickle=False, **arrays))
     pairs = (

@@ -25,7 +25,7 @@ def test_training_twice_gives_the_same_weights() -> None:
 
 def test_families_lie_in_one_part_only() -> None:
     faces = {f"F{i}": [Path(f"F{i}-{j}.ttf") for j in range(1 + i % 7)] for i in range(40)}
-    parts = [{path.stem.split("-")[0] for path in part} for part in glyphs._parts(faces)]
+    parts = [{path.stem.split("-")[0] for path in part} for part in glyphs.divided(faces)]
     assert set.union(*parts) == set(faces)
     assert sum(map(len, parts)) == len(faces)
     assert len(parts[0]) > len(parts[2]) >= len(parts[1])

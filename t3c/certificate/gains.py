@@ -187,9 +187,10 @@ class _Run:
         """J^T u for each value."""
         if not self.outputs:
             return [torch.zeros_like(v) for v in values]
-        found = torch.autograd.grad(self.outputs, values, u, allow_unused=True, retain_graph=True)
-        pairs = zip(found, values, strict=True)
-        return [torch.zeros_like(v) if g is None else g for g, v in pairs]
+        found = torch.autograd.grad(
+            self.outputs, values, u, allow_unused=True, retain_graph=True, materialize_grads=True
+        )
+        return list(found)
 
     def _push(self, tangents: Mapping[fx.Node, Tensor], after: Sequence[fx.Node]) -> list[Tensor]:
         """J v: forward derivatives, or a difference quotient where an operator has none."""

@@ -73,6 +73,7 @@ class Meter:
 
     Attributes:
         gains: Of every site.
+        calls: Node -> layer, wherever the graph calls one.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Meter:
         self.elastic = elastic
         self.batches = batches
         self.gains: Gains = gains(elastic, batches, seconds=seconds)
-        self._calls = calls_of(elastic)
+        self.calls = calls_of(elastic)
         self._damage = damage
         self._weights: dict[tuple[str, Format | None], Tensor] = {}
         self._norms: dict[tuple[str, Format | None, Format | None], float] = {}
@@ -194,11 +195,11 @@ class Meter:
         key = site, fmt, other
         if key not in self._norms:
             layer = self.elastic.layers[site]
-            change = self._change(site, fmt, other)
+            change = self.change(site, fmt, other)
             self._norms[key] = 0.0 if fmt == other else operator_norm(layer.site, change)
         return self._norms[key]
 
-    def _change(self, site: str, fmt: Format, other: Format | None) -> Tensor:
+    def change(self, site: str, fmt: Format, other: Format | None) -> Tensor:
         """The weight residual dW."""
         for one in (fmt, other):
             if (site, one) not in self._weights:
@@ -253,16 +254,16 @@ class _Watch(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run the node; look closer if it is a site."""
-        layer = self.meter._calls.get(n)
+        layer = self.meter.calls.get(n)
         if layer is None:
             return super().run_node(n)
         name = layer.site.name
         fmt, other = self.formats[name], _at(self.reference, name)
         x: Tensor = self.env[n.all_input_nodes[0]]
         exact = super().run_node(n)
-        smooth = apply(layer.site, self.meter._change(name, fmt, None), x)
+        smooth = apply(layer.site, self.meter.change(name, fmt, None), x)
         smooth = smooth + apply(layer.site, layer.weight, x, layer.bias)
-        change = apply(layer.site, self.meter._change(name, fmt, other), x)
+        change = apply(layer.site, self.meter.change(name, fmt, other), x)
         rounding = None
         if self.activations and fmt != other:
             rounding = exact - smooth if fmt.bits < 32 else None

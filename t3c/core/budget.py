@@ -85,7 +85,8 @@ class Budget:
             raise ValueError(f"drift is {self.drift!r}; allowed are {', '.join(DRIFT_KINDS)}")
         if self.level is None:
             return
-        if isinstance(self.level, bool) or not isinstance(self.level, (int, float)):
+        number = isinstance(self.level, (int, float))  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(self.level, bool) or not number:
             raise TypeError(f"level is {self.level!r}; give a share, for example 0.9")
         if not 0.0 < self.level < 1.0:
             raise ValueError(

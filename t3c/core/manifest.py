@@ -358,7 +358,7 @@ def _profile_to_json(compiled: CompiledProfile) -> dict[str, Any]:
         "energy": None if p.energy is None else asdict(p.energy),
         "certificate": {
             "proxy": None if c.proxy is None else _proxy_to_json(c.proxy),
-            "sound": None if c.sound is None else _sound_to_json(c.sound),
+            "sound": None if c.sound is None else sound_to_json(c.sound),
             "calibrated": None if c.calibrated is None else _calibrated_to_json(c.calibrated),
             "observed": None if c.observed is None else asdict(c.observed),
             "labels": None if c.labels is None else asdict(c.labels),
@@ -409,7 +409,7 @@ def _energy_from_json(f: Fields) -> Energy:
 def _certificate_from_json(f: Fields) -> Certificate:
     return Certificate(
         f.optional("proxy", lambda k: f.within(k, _proxy_from_json)),
-        f.optional("sound", lambda k: f.within(k, _sound_from_json)),
+        f.optional("sound", lambda k: f.within(k, sound_from_json)),
         f.optional("calibrated", lambda k: f.within(k, _calibrated_from_json)),
         f.optional("observed", lambda k: f.within(k, _observed_from_json)),
         f.optional("labels", lambda k: f.within(k, _labels_from_json)),
@@ -461,12 +461,14 @@ def _share_from_json(f: Fields) -> Share:
     )
 
 
-def _sound_to_json(found: Sound) -> dict[str, Any]:
+def sound_to_json(found: Sound) -> dict[str, Any]:
+    """A proven bound as JSON; infinity is a word."""
     numbers = {k: _number(v) for k, v in asdict(found).items() if isinstance(v, float)}
     return {**asdict(found), **numbers}
 
 
-def _sound_from_json(f: Fields) -> Sound:
+def sound_from_json(f: Fields) -> Sound:
+    """What `sound_to_json` wrote."""
     status: SoundStatus = f.choice("status", get_args(SoundStatus))
     return Sound(
         status,

@@ -48,7 +48,9 @@ def off(model: ElasticModel, formats: Mapping[str, Format], site: str) -> float:
     seen: dict[str, list[Tensor]] = {"was": [], "is": []}
     layer = model.layers[site]
     for key, chosen in (("was", None), ("is", formats)):
-        hook = layer.register_forward_hook(lambda m, x, y, key=key: seen[key].append(y.detach()))
+        hook = layer.register_forward_hook(
+            lambda _m, _x, y, key=key: seen[key].append(torch.as_tensor(y).detach())
+        )
         with torch.no_grad(), model.using(chosen):
             for batch in batches:
                 model.graph(*batch)

@@ -53,7 +53,7 @@ def outputs(elastic: ElasticModel, formats: Mapping[str, Format] | None) -> Tens
     (node,) = [n for n, x in normalized_sites(elastic).items() if x.site.name == "3"]
     kept: list[Tensor] = []
     handle = elastic.graph.get_submodule(str(node.target)).register_forward_hook(
-        lambda _m, _x, y: kept.append(y)
+        lambda _m, _x, y: kept.append(torch.as_tensor(y))
     )
     with elastic.using(formats), torch.no_grad():
         for batch in batches():
@@ -116,8 +116,9 @@ def test_corrections_that_do_not_fit_are_refused() -> None:
         elastic.set_corrections(formats, {"0": Correction(ones, ones)})
     with pytest.raises(ValueError, match="one gain and bias a channel"):
         Correction(ones, ones[:2])
+    wide: Any = ones.astype(np.float64)
     with pytest.raises(TypeError, match="need float32"):
-        Correction(ones.astype(np.float64), ones)
+        Correction(wide, ones)
     with pytest.raises(ValueError, match="not finite"):
         Correction(ones * np.float32("nan"), ones)
 

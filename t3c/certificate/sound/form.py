@@ -201,8 +201,8 @@ class Form:
         found = replace(
             self,
             c=c,
-            g=_sum(self.g, other.g, shape),
-            h=_sum(self.h, other.h, shape),
+            g=sums(self.g, other.g, shape),
+            h=sums(self.h, other.h, shape),
             box=None,
         )
         e = (self.e + other.e).expand(shape).clone()
@@ -281,7 +281,8 @@ def _padded(g: Tensor, count: int, shape: torch.Size) -> Tensor:
     return torch.cat([g.expand(len(g), *shape), g.new_zeros(count - len(g), *shape)])
 
 
-def _sum(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+def sums(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """Two stacks of symbols added, the shorter one filled up; elements broadcast to a shape."""
     count = max(len(a), len(b))
 
     def whole(g: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ cancels here, too. Source: Bonaert et al., Fast and precise certification of tra
 import torch
 from torch import Tensor
 
-from t3c.certificate.sound.form import Form, NoRule, over
-from t3c.certificate.sound.form import _sum as added
+from t3c.certificate.sound.form import Form, NoRule, over, sums
 from t3c.certificate.sound.pair import Pair, gamma
 
 SHARED = 1024
@@ -28,8 +27,8 @@ def product(a: Form, b: Form, symbol: str) -> Form:
         symbol: Kind of the symbols that the remainder becomes.
     """
     c = a.c @ b.c
-    g = added(over(lambda t: t @ b.c, a.g, c), over(lambda t: a.c @ t, b.g, c), c.shape)
-    h = added(over(lambda t: t @ b.c, a.h, c), over(lambda t: a.c @ t, b.h, c), c.shape)
+    g = sums(over(lambda t: t @ b.c, a.g, c), over(lambda t: a.c @ t, b.g, c), c.shape)
+    h = sums(over(lambda t: t @ b.c, a.h, c), over(lambda t: a.c @ t, b.h, c), c.shape)
     reach_a, reach_b = _reach(a), _reach(b)
     error = a.e @ (b.c.abs() + reach_b + b.e) + (a.c.abs() + reach_a) @ b.e
     shift, shared = _quadratic(a, b, reach_a, reach_b)

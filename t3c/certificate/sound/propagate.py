@@ -8,6 +8,7 @@ from typing import Any
 import networkx
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from t3c.certificate.sound import normed, pair
 from t3c.certificate.sound.attention import attention, weighted
@@ -61,7 +62,7 @@ def spread(elastic: ElasticModel, cell: Cell, mode: Mode, cap: int) -> tuple[lis
         elif node.op == "get_attr":
             known[node] = _attribute(graph, str(node.target))
         elif node not in known:
-            known[node] = _step(graph, node, known)
+            known[node] = _step(graph, node, known, space)
     return outputs, space
 
 
@@ -105,7 +106,6 @@ def _inputs(
             known[node] = (region.low.long(), region.high.long())
             continue
         known[node] = Pair(x, constant(space, torch.zeros_like(x.c)))
-    known[fx.Node] = space  # type: ignore[index]
     return known
 
 
@@ -116,16 +116,15 @@ def _attribute(graph: fx.GraphModule, target: str) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _step(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    space: Space = known[fx.Node]  # type: ignore[index]
+def _step(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], space: Space) -> Any:
     weights = node.args[0] if node.target in _MEANS else None
 
-    def value(n: fx.node.Argument) -> Any:
-        found = known[n]  # type: ignore[index]
+    def value(n: fx.Node) -> Any:
+        found = known[n]
         return found.settled() if isinstance(found, Pair) and n is not weights else found
 
-    args = fx.node.map_arg(node.args, value)
-    kwargs = fx.node.map_arg(node.kwargs, value)
+    args = map_arg(node.args, value)
+    kwargs = map_arg(node.kwargs, value)
     name = f"node {node.name!r} ({node.target})"
     try:
         if node.op == "call_module":
@@ -197,7 +196,7 @@ def _function(node: fx.Node, args: Any, kwargs: dict[str, Any], space: Space) ->
     if mixing is not None:
         return mixing
     if target in _AVERAGES:
-        terms = _window(target, args, p.x.c.shape) + 2
+        terms = averaged(target, args, p.x.c.shape) + 2
         return _same(p, lambda t: target(t, *args[1:], **kwargs), None, terms)
     if target is aten.relu.default:
         return pair.relu(p)
@@ -294,7 +293,7 @@ def _attend(args: Any, kwargs: dict[str, Any]) -> Pair:
     return attention(q, k, v, mask, bool(given.get("is_causal", False)), factor)
 
 
-def _window(target: Any, args: Any, shape: torch.Size) -> int:
+def averaged(target: Any, args: Any, shape: torch.Size) -> int:
     """Most terms that one average adds."""
     if target is aten.mean.dim:
         axes = range(len(shape)) if not args[1] else args[1]

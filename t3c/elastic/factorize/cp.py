@@ -65,7 +65,7 @@ class CpAls(AbstractFactorizer):
                 torch.randn(n, rank, generator=generator, dtype=w.dtype).to(w.device)
                 for n in w.shape
             ]
-            modes = self._fit(w, start)
+            modes = self.fit(w, start)
             modes[0] = modes[0] * unit
             found = _spread(modes)
             given = self.merge({name: factor.double() for name, factor in found.items()})
@@ -79,7 +79,7 @@ class CpAls(AbstractFactorizer):
             )
         return best[1]
 
-    def _fit(self, w: Tensor, modes: list[Tensor]) -> list[Tensor]:
+    def fit(self, w: Tensor, modes: list[Tensor]) -> list[Tensor]:
         """Alternating least squares; stops when a mode is no longer finite."""
         for _ in range(self.sweeps):
             for axis in range(4):

@@ -11,13 +11,13 @@ from t3c.certificate.sound import Ball, Box, Domain, certify, sound_bounds
 from t3c.certificate.sound.form import MODES, Form, Mode, Space, constant
 from t3c.certificate.sound.norms import conv_norm, largest_norm, matrix_norm
 from t3c.certificate.sound.pair import Pair, curve, gamma
-from t3c.certificate.sound.propagate import _window
+from t3c.certificate.sound.propagate import averaged
 from t3c.certificate.sound.slopes import CURVES
 from t3c.core.codes import Correction
 from t3c.core.errors import CertificateError
 from t3c.core.fields import Fields
 from t3c.core.formats import Dense, Format, LowRank, Tucker2
-from t3c.core.manifest import _sound_from_json, _sound_to_json
+from t3c.core.manifest import sound_from_json, sound_to_json
 from t3c.core.profile import Profile, ProfileChain
 from t3c.elastic.model import ElasticModel
 from tests.front import elasticize
@@ -151,7 +151,7 @@ def test_operators_without_a_rule_are_named() -> None:
     assert sound is not None
     assert sound.status == "unavailable"
     assert "softmax" in sound.reason
-    assert _sound_from_json(Fields(_sound_to_json(sound), "f")) == sound
+    assert sound_from_json(Fields(sound_to_json(sound), "f")) == sound
 
 
 def test_norm_bounds_are_above_the_norms_of_explicit_matrices() -> None:
@@ -240,12 +240,12 @@ def test_secants_lie_within_their_range(name: str) -> None:
         assert bool(((low <= slope) & (slope <= high))[known].all())
 
 
-def test_the_window_of_an_average_counts_all_its_terms() -> None:
+def test_theaveraged_of_an_average_counts_all_its_terms() -> None:
     aten = torch.ops.aten
     shape = torch.Size((1, 2, 7, 7))
-    assert _window(aten.avg_pool2d.default, (None, [3], 1), shape) == 9
-    assert _window(aten.mean.dim, (None, [2, 3]), shape) == 49
-    assert _window(aten.adaptive_avg_pool2d.default, (None, [4, 4]), shape) >= 9
+    assert averaged(aten.avg_pool2d.default, (None, [3], 1), shape) == 9
+    assert averaged(aten.mean.dim, (None, [2, 3]), shape) == 49
+    assert averaged(aten.adaptive_avg_pool2d.default, (None, [4, 4]), shape) >= 9
 
 
 def test_a_factor_that_broadcasts_its_value_has_no_rule() -> None:

@@ -267,14 +267,14 @@ def test_more_starts_of_cp_are_never_worse() -> None:
 
 
 def test_a_start_of_cp_that_diverges_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = CpAls._fit
+    real = CpAls.fit
     starts: list[int] = []
 
     def fit(self: CpAls, w: torch.Tensor, modes: list[torch.Tensor]) -> list[torch.Tensor]:
         starts.append(len(starts))
         return [m * float("nan") for m in modes] if len(starts) == 1 else real(self, w, modes)
 
-    monkeypatch.setattr(CpAls, "_fit", fit)
+    monkeypatch.setattr(CpAls, "fit", fit)
     factors = CpAls(restarts=2, sweeps=2).split(torch.randn(4, 4, 3, 3), ranks=(2,))
     assert starts == [0, 1]
     assert all(bool(torch.isfinite(f).all()) for f in factors.values())
