@@ -56,8 +56,18 @@ class Ranking:
 
     def order(self, op: Op, names: Sequence[str], choices: Mapping[str, Schedule]) -> list[str]:
         """Names of schedules, the best guess first; none where nothing was learnt."""
-        if self._booster is None or not names:
+        if not self.fitted or not names:
             return []
-        x = np.stack([features(op, choices[name]) for name in names])
-        predicted = self._booster.predict(xgboost.DMatrix(x))
+        predicted = self.predict(op, [choices[name] for name in names])
         return [names[int(i)] for i in np.argsort(predicted, kind="stable")]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether anything was learnt."""
+        return self._booster is not None
+
+    def predict(self, op: Op, schedules: Sequence[Schedule]) -> NDArray[np.float32]:
+        """Log ratio of each schedule to the rule; only of a model that is `fitted`."""
+        x = np.stack([features(op, schedule) for schedule in schedules])
+        predicted: NDArray[np.float32] = self._booster.predict(xgboost.DMatrix(x))
+        return predicted

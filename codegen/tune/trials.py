@@ -7,7 +7,7 @@ measurements of another text are another workload's. Our trace is annotations of
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,17 @@ def _digest(family: Scheduled, op: Op) -> str:
 
 def _workload(op: str, family: str, machine: str, digest: str) -> Any:
     """An empty function that stands for an operator."""
-    attrs = {"t3c.op": op, "t3c.family": family, "t3c.machine": machine, "t3c.kernel": digest}
+    return stand_in(
+        {"t3c.op": op, "t3c.family": family, "t3c.machine": machine, "t3c.kernel": digest}
+    )
+
+
+def stand_in(attrs: Mapping[str, str]) -> Any:
+    """A module of an empty function with a root block and these attributes."""
     function = read_function(
         '@T.prim_func(s_tir=True)\ndef main():\n    with T.sblock("root"):\n        T.evaluate(0)\n'
     )
-    return tvm.IRModule({"main": function.with_attrs(attrs)})
+    return tvm.IRModule({"main": function.with_attrs(dict(attrs))})
 
 
 def _trial(op: str, record: Any) -> Trial:
