@@ -1,5 +1,6 @@
 """What a cost model promises."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,15 @@ class AbstractCostModel(ABC):
     def predict_rest(self, work: Work, threads: int = 1) -> float:
         """Seconds of everything that is not an elastic layer."""
 
+    def predict_network(self, layers: Sequence[Row], rest: Work) -> float:
+        """Seconds of one call of a network: its layers one by one, and everything else."""
+        return math.fsum(self.predict(layers)) + self.predict_rest(rest, _threads(layers))
+
+    def predict_network_interval(self, layers: Sequence[Row], rest: Work) -> tuple[float, float]:
+        """Seconds between which nine of ten networks lie; (0, infinity) where that is unknown."""
+        del layers, rest
+        return 0.0, math.inf
+
     @abstractmethod
     def save(self, path: Path) -> None:
         """Write the model to the file `path`."""
@@ -81,3 +91,8 @@ class AbstractCostModel(ABC):
     @abstractmethod
     def load(cls, path: Path) -> Self:
         """Read a model that predicts exactly what the saved one did."""
+
+
+def _threads(layers: Sequence[Row]) -> int:
+    """Threads of a network's call."""
+    return layers[0].threads if layers else 1

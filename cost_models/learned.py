@@ -27,7 +27,7 @@ from t3c.core.errors import CostModelError
 from t3c.core.profile import Label
 from t3c.core.sites import LinearSite
 from t3c.cost_models.base import AbstractCostModel, Row, Work
-from t3c.cost_models.dataset import Dataset, ProfileRow, kernel_key
+from t3c.cost_models.dataset import Dataset, KernelRow, ProfileRow, kernel_key
 from t3c.cost_models.device import Device
 from t3c.cost_models.features import CONSTRAINTS, FEW, Numbers, features, kind_of, work
 from t3c.cost_models.roofline import RooflineModel, non_negative
@@ -80,6 +80,8 @@ class LearnedModel(AbstractCostModel):
         network_spread_label: The same of `network_spread`.
         base: The model of another device whose trees are added; None: this one stands alone.
         metered: Energy on this device; None: nothing was metered.
+        measured: `kernel_key` -> median and 95th percentile, seconds, of what was measured on this
+            device; they win over any prediction.
     """
 
     constants: Roofline
@@ -93,6 +95,7 @@ class LearnedModel(AbstractCostModel):
     network_spread_label: Label = Label.MEASURED
     base: "LearnedModel | None" = None
     metered: "Metered | None" = None
+    measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spec: TargetSpec) -> Self:
@@ -117,7 +120,12 @@ class LearnedModel(AbstractCostModel):
         groups = [row.group or kernel_key(row.row) for row in kernels]
         rows = [row.row for row in kernels]
         model = replace(cls.of(spec), device=dataset.device).fit_groups(rows, seconds, groups)
-        return model.fit_profiles(dataset.profiles)
+        return model.fit_profiles(dataset.profiles).knowing(kernels)
+
+    def knowing(self, kernels: Sequence[KernelRow]) -> Self:
+        """The model with what was measured in place of what it would predict of it."""
+        found = {k.key: (k.seconds.p50_s, k.seconds.p95_s) for k in kernels}
+        return replace(self, measured={**self.measured, **found})
 
     def fit(self, rows: Sequence[Row], seconds: Sequence[float]) -> Self:
         """See `AbstractCostModel`; rows of one shape are left out together for the intervals."""
@@ -217,7 +225,14 @@ class LearnedModel(AbstractCostModel):
         return np.array([inside, *shared, rest.calls, 1.0])
 
     def predict(self, rows: Sequence[Row]) -> list[float]:
-        """Seconds of each row."""
+        """Seconds of each row: measured where it was, else predicted."""
+        if not self.measured:
+            return self._predicted(rows)
+        seen = [self.measured.get(kernel_key(row)) for row in rows]
+        guesses = iter(self._predicted([r for r, s in zip(rows, seen, strict=True) if s is None]))
+        return [next(guesses) if found is None else found[0] for found in seen]
+
+    def _predicted(self, rows: Sequence[Row]) -> list[float]:
         if not rows:
             return []
         base = self._prior(rows)
@@ -241,9 +256,15 @@ class LearnedModel(AbstractCostModel):
         return added
 
     def predict_interval(self, rows: Sequence[Row]) -> list[tuple[float, float]]:
-        """Seconds between which `COVERAGE` of new kernels of the measured kinds lie."""
-        factor = math.exp(self.spread)
-        return [(t / factor, t * factor) for t in self.predict(rows)]
+        """Seconds between which `COVERAGE` of new kernels of the measured kinds lie.
+
+        Of one that was measured: up to its 95th percentile, and as far below its median.
+        """
+        factors = [math.exp(self.spread)] * len(rows)
+        for i, row in enumerate(rows):
+            if (seen := self.measured.get(kernel_key(row))) is not None:
+                factors[i] = seen[1] / seen[0]
+        return [(t / f, t * f) for t, f in zip(self.predict(rows), factors, strict=True)]
 
     def predict_rest(self, work: Work, threads: int = 1) -> float:
         """Seconds of what is not elastic, and of the call."""
@@ -328,6 +349,7 @@ class LearnedModel(AbstractCostModel):
             "energy": None
             if metered is None
             else {"meter": metered.meter, "joules": metered.model.to_json()},
+            "measured": {key: list(pair) for key, pair in self.measured.items()},
         }
 
     @classmethod
@@ -374,6 +396,7 @@ class LearnedModel(AbstractCostModel):
             None
             if energy is None
             else Metered(cls.from_json(energy["joules"]), str(energy["meter"])),
+            {key: (p50, p95) for key, (p50, p95) in document.get("measured", {}).items()},
         )
 
 

@@ -40,7 +40,6 @@ from t3c.controller.inversions import inversions
 from t3c.controller.plan import SECONDS, Plan, plan
 from t3c.controller.statistics import correct
 from t3c.core.artifact import Artifact, check_replaceable, write_manifest
-from t3c.core.budget import Percentile
 from t3c.core.certificate import Certificate, Labels
 from t3c.core.code_storage import CodeStorage, parse_code_storage
 from t3c.core.codes import SiteCodes
@@ -55,6 +54,7 @@ from t3c.core.manifest import (
     TensorSpec,
 )
 from t3c.core.objective import Objective, parse_objective
+from t3c.core.profile import Percentile
 from t3c.core.sites import Site
 from t3c.core.structure import LEAF, Tree
 from t3c.cost_models import COST_MODELS, AbstractCostModel
@@ -197,7 +197,8 @@ def lower(
             quantization to that width alone, and the file is larger.
         cost_model: Predicts times of layers while the chain is planned: a name
             (``t3c.cost_models.COST_MODELS``), the file of a model that ``t3c fit`` wrote, or a
-            model. A fitted one must be of this device.
+            model. A fitted one must be of this device, or for a target that does not run here of
+            that target; profiles that nobody measures then have its intervals.
         plan_seconds: Time for calibration and damage table; None: the planner's default.
         table: File of the measured damage table. What an interrupted run had measured is not
             measured again, and a finished table is only read; without `plan_seconds` every entry
@@ -482,7 +483,11 @@ def _predictor(
     else:
         found = LearnedModel.load(Path(model))
     if isinstance(found, LearnedModel):
-        found.check(this_device(spec, threads or 1))
+        here = this_device(spec, threads or 1)
+        if found.device is not None and not proof.runs_here(spec):
+            # lowered for a device that this is not: what it is called tells nothing
+            here = replace(here, cpu=found.device.cpu, features=found.device.features)
+        found.check(here)
     return {"model": found}
 
 

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ from t3c.core.errors import (
     T3CError,
     TargetError,
 )
-from t3c.core.explain import Explanation, explain
+from t3c.core.explain import Explanation, doubts, explain
 from t3c.core.manifest import Manifest
 from t3c.core.structure import flatten
 from t3c.report import tables
@@ -321,7 +322,11 @@ def run(
             session.set_profile(profile)
         if budget:
             seen = given if by_policy and session.policy.content is not None else None
-            session.set_budget(**budget, drift=drift, inputs=seen)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                session.set_budget(**budget, drift=drift, inputs=seen)
+            for warning in told:
+                console.remark(str(warning.message))
         session(**given)
         start = time.perf_counter()
         result = session(**given)
@@ -373,6 +378,8 @@ def plan(
         if told is not None and told.profile is None:
             console.show(_limits(told))
         chosen = selector.select(budget)
+        for text in doubts(chosen, budget):
+            console.remark(text)
         row: dict[str, object] = {"profile": chosen.name}
         row |= {n: v if v < math.inf else None for n, v in costs(chosen, percentile).items()}
         if max_drift is not None:
@@ -382,6 +389,7 @@ def plan(
         if told is not None:
             console.show(_limits(told), str(told))
             row["explanation"] = told.to_json()
+        row["latency"] = None if chosen.latency is None else asdict(chosen.latency)
         console.data({"budget": str(budget), **row})
 
 

@@ -404,6 +404,13 @@ def test_a_cost_model_reaches_the_planner_and_a_stale_one_is_refused(tmp_path: P
     stale = replace(model, device=replace(this_device(spec), cpu="Other"))
     with pytest.raises(t3c.CostModelError, match="stale here: it was measured with cpu 'Other'"):
         small(out=tmp_path / "net", target=spec, planner=planner, cost_model=stale)
+    elsewhere = targets.get("arm")
+    there = replace(this_device(elsewhere), cpu="Other", features=("asimddp",))
+    far = replace(LearnedModel.of(elsewhere), device=there)
+    with pytest.raises(Planned):  # of a device that this is not, for that device
+        small(out=tmp_path / "net", target=elsewhere, planner=planner, cost_model=far)
+    with pytest.raises(t3c.CostModelError, match="stale here: it was measured with target"):
+        small(out=tmp_path / "net", target=elsewhere, planner=planner, cost_model=model)
     with pytest.raises(t3c.CostModelError, match="no readable cost model"):
         small(out=tmp_path / "net", cost_model=tmp_path / "none.json")
 

@@ -24,6 +24,7 @@ from t3c.core.errors import (
     TargetError,
 )
 from t3c.core.manifest import Manifest, TargetInfo
+from t3c.core.profile import Label, Timing
 from t3c.cost_models.dataset import Dataset
 from t3c.cost_models.learned import LearnedModel
 from t3c.runtime import record
@@ -360,6 +361,25 @@ def test_plan_says_which_profile_a_budget_picks(artifact: Artifact) -> None:
     assert json.loads(refused.stdout)["failing"] == ["max_drift"]
     assert call("plan", artifact.path, "--max-drift", "nan").exit_code == 2
     assert call("plan", artifact.path).exit_code == 2
+
+
+def test_predictions_show_their_interval_and_are_told_of(tmp_path: Path) -> None:
+    first, last = toy.manifest().profiles
+    timing = Timing(2e-3, 2e-3, Label.PREDICTED, None, 1, 1.5e-3, 3e-3)
+    profiles = (first, replace(last, profile=replace(last.profile, latency=timing)))
+    net = toy.write(tmp_path / "net", profiles=profiles).path
+    assert "1.5-3" in call("inspect", net).stdout
+    done = call("plan", net, "--latency-ms", "3.5", "--explain", "--json")
+    found = json.loads(done.stdout)
+    assert (found["profile"], found["latency_ms"]) == ("max", 3.0)
+    assert found["latency"]["label"] == "predicted"
+    assert (found["latency"]["low_s"], found["latency"]["high_s"]) == (1.5e-3, 3e-3)
+    assert len(found["explanation"]["doubts"]) == 1
+    for command in ("plan", "run"):
+        done = call(command, net, "--latency-ms", "3.5")
+        assert done.exit_code == 0
+        assert "budget compares 3 ms, the upper end of its 90 % interval" in done.stderr
+    assert call("plan", net, "--latency-ms", "3.5", "--quiet").stderr == ""
 
 
 def test_certify_runs_on_the_data_that_the_model_brings(

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from t3c.core.budget import COSTS, Percentile
-from t3c.core.profile import Profile, ProfileChain
+from t3c.core.budget import COSTS
+from t3c.core.profile import Percentile, Profile, ProfileChain
 from t3c.runtime.policy import LEAST, SUMMARY, UNLIMITED, Array, Layers, Policy, table_of
 
 HIDDEN = 16

@@ -39,7 +39,7 @@ from t3c.core.objective import Objective
 from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.sites import LinearSite, Site
 from t3c.cost_models import AbstractCostModel, cost_model
-from t3c.cost_models.base import Work
+from t3c.cost_models.base import Row, Work
 from t3c.elastic.model import ElasticModel
 from t3c.targets.base import TargetSpec
 
@@ -64,7 +64,7 @@ class Plan:
         plain: Sites whose factors ignore the data, because they are too wide.
         notes: What the user should know, for example that there are fewer profiles than wanted.
         sites: Site name -> site.
-        fixed: Costs that all profiles share.
+        fixed: What all profiles share.
         objective: What the chain is ordered by.
         codes: How dense codes of 8 and of 4 bits are stored.
     """
@@ -263,6 +263,8 @@ def plan(
         other_bytes(elastic.graph) + sum(table.nbytes for table in elastic.tables.values()),
         peak_bytes(elastic.graph, suffix.values()),
         threads,
+        predict,
+        static,
     )
     return Plan(
         **_chain(plans, decisions, elastic.sites, fixed, objective),
@@ -297,7 +299,7 @@ def _chain(
     """Profiles with their names, and their predicted drift."""
     names = profile_names(len(plans))
     made = [
-        _profile(name, sites, p.formats, _seconds(p.formats, gate), fixed)
+        _profile(name, sites, p.formats, _timing(sites, p.formats, gate, fixed), fixed)
         for name, p in zip(names, plans, strict=True)
     ]
     if objective is Objective.ENERGY:
@@ -310,6 +312,23 @@ def _seconds(formats: Mapping[str, Format], gate: Sequence[GateRow]) -> float:
     """Predicted time of all sites."""
     predicted = {(row.site, row.format): row.predicted_s for row in gate}
     return math.fsum(predicted[item] for item in formats.items())
+
+
+def _timing(
+    sites: Mapping[str, Site],
+    formats: Mapping[str, Format],
+    gate: Sequence[GateRow],
+    fixed: "Fixed",
+) -> Timing:
+    """Predicted time of a call, with its interval where the model knows one."""
+    if fixed.model is None:
+        whole = _seconds(formats, gate) + fixed.seconds
+        return Timing(whole, whole, Label.PREDICTED, threads=fixed.threads)
+    layers = [Row(sites[n], fmt, fixed.threads, fixed.static) for n, fmt in formats.items()]
+    whole = fixed.model.predict_network(layers, fixed.rest)
+    low, high = fixed.model.predict_network_interval(layers, fixed.rest)
+    ends = (low, high) if high < math.inf else (None, None)
+    return Timing(whole, whole, Label.PREDICTED, None, fixed.threads, *ends)
 
 
 def _energy(profile: Profile, sites: Mapping[str, Site], fixed: "Fixed") -> Energy:
@@ -390,6 +409,8 @@ class Fixed:
         bytes: Of parameters and constants.
         peak: Most bytes of activations alive at once.
         threads: Of one call.
+        model: Predicts the time of a network; None: that of its sites and `seconds` add up.
+        static: Whether int8 codes flow between convolutions.
     """
 
     seconds: float
@@ -397,13 +418,15 @@ class Fixed:
     bytes: int
     peak: int
     threads: int
+    model: AbstractCostModel | None = None
+    static: bool = False
 
 
 def _profile(
     name: str,
     sites: Mapping[str, Site],
     formats: Mapping[str, Format],
-    seconds: float,
+    latency: Timing,
     fixed: Fixed,
 ) -> Profile:
     """A profile with predicted time, counted multiply-adds and estimated bytes.
@@ -412,17 +435,16 @@ def _profile(
         name: Its name.
         sites: Site name -> site.
         formats: Site name -> format.
-        seconds: Predicted time of all sites.
+        latency: Predicted time.
         fixed: Everything else.
     """
     stored = sum(storage_bytes(site, formats[n]) for n, site in sites.items()) + fixed.bytes
     macs = sum(site.macs(formats[n]) for n, site in sites.items()) + fixed.rest.f32_macs
-    whole = seconds + fixed.seconds
     return Profile(
         name,
         dict(formats),
         macs=macs,
         storage_bytes=stored,
         ram_bytes=stored + fixed.peak,
-        latency=Timing(whole, whole, Label.PREDICTED, threads=fixed.threads),
+        latency=latency,
     )

@@ -14,9 +14,8 @@ from itertools import accumulate
 from typing import Literal, final, get_args
 
 from t3c.core.errors import InfeasibleBudget
-from t3c.core.profile import Profile, ProfileChain
+from t3c.core.profile import Percentile, Profile, ProfileChain
 
-Percentile = Literal["p50", "p95"]
 PERCENTILES: tuple[Percentile, ...] = ("p50", "p95")
 DriftKind = Literal["calibrated", "sound"]
 DRIFT_KINDS: tuple[DriftKind, ...] = get_args(DriftKind)
@@ -123,14 +122,15 @@ class Budget:
 def costs(profile: Profile, percentile: Percentile = "p95") -> dict[str, float]:
     """What a budget compares: component -> cost; infinite where nothing states it.
 
+    A predicted latency is the upper end of its interval, where it has one.
+
     Args:
         profile: The profile.
         percentile: Which latency.
     """
     latency = math.inf
     if profile.latency is not None:
-        timing = profile.latency
-        latency = (timing.p95_s if percentile == "p95" else timing.p50_s) * 1e3
+        latency = profile.latency.limit_s(percentile) * 1e3
     energy = profile.energy_mj
     return {
         "latency_ms": latency,

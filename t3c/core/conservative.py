@@ -62,8 +62,12 @@ def increasing(profiles: Sequence[CompiledProfile]) -> tuple[CompiledProfile, ..
 def _slower(small: Timing | None, large: Timing | None) -> Timing | None:
     if small is None or large is None:
         return large
+    if large.low_s is None:  # what budgets compare of the smaller one, its interval included
+        p50 = max(small.limit_s("p50"), large.p50_s)
+        return replace(large, p50_s=p50, p95_s=max(p50, small.limit_s("p95"), large.p95_s))
     p50 = max(small.p50_s, large.p50_s)
-    return replace(large, p50_s=p50, p95_s=max(p50, small.p95_s, large.p95_s))
+    high = max(small.limit_s("p50"), large.limit_s("p50"))
+    return replace(large, p50_s=p50, p95_s=max(p50, small.p95_s, large.p95_s), high_s=high)
 
 
 def _hungrier(small: Energy | None, large: Energy | None) -> Energy | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from t3c.core.budget import COSTS, DRIFT, LEVEL, Budget, Selector, costs, drift_bound
 from t3c.core.errors import InfeasibleBudget
-from t3c.core.profile import Profile
+from t3c.core.profile import Label, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Explanation:
             smaller one); None where there is none, so that nothing binds.
         limits: One row for each component.
         message: The error of an infeasible budget; else empty.
+        doubts: What the profile picked states without a measurement, a sentence each.
     """
 
     budget: Budget
@@ -48,6 +49,7 @@ class Explanation:
     next: str | None
     limits: tuple[Limit, ...]
     message: str = ""
+    doubts: tuple[str, ...] = ()
 
     @property
     def binding(self) -> tuple[str, ...]:
@@ -84,6 +86,7 @@ class Explanation:
                 for row in self.limits
             ],
             "message": self.message,
+            "doubts": list(self.doubts),
         }
 
 
@@ -114,7 +117,26 @@ def explain(selector: Selector, budget: Budget) -> Explanation:
         for name, limit in limits.items()
     )
     name = None if beyond is None else beyond.name
-    return Explanation(budget, profiles[index].name, name, rows)
+    found = doubts(profiles[index], budget)
+    return Explanation(budget, profiles[index].name, name, rows, doubts=found)
+
+
+def doubts(profile: Profile, budget: Budget) -> tuple[str, ...]:
+    """What a budget compares of a profile that nobody has measured, a sentence each."""
+    found = []
+    timing, energy = profile.latency, profile.energy
+    if budget.latency_ms is not None and timing is not None and timing.label is not Label.MEASURED:
+        used = timing.limit_s(budget.percentile) * 1e3
+        how = "with no interval known"
+        if timing.low_s is not None:
+            how = f"the upper end of its 90 % interval from {timing.low_s * 1e3:.4g} ms"
+        found.append(
+            f"the latency of {profile.name!r} is {timing.label}, not measured: the budget compares "
+            f"{used:.4g} ms, {how}; `t3c bench --record` on the device measures it"
+        )
+    if budget.energy_mj is not None and energy is not None and energy.label is not Label.MEASURED:
+        found.append(f"the energy of {profile.name!r} is {energy.label}, not measured")
+    return tuple(found)
 
 
 def _finite(value: float | None) -> float | None:

@@ -399,7 +399,8 @@ def _reads_from_json(f: Fields) -> dict[str, int]:
 def _timing_from_json(f: Fields) -> Timing:
     calls = f.optional("calls", f.whole)
     label = Label(f.text("label"))
-    return Timing(f.number("p50_s"), f.number("p95_s"), label, calls, f.whole("threads"))
+    interval = f.optional("low_s", f.number), f.optional("high_s", f.number)
+    return Timing(f.number("p50_s"), f.number("p95_s"), label, calls, f.whole("threads"), *interval)
 
 
 def _energy_from_json(f: Fields) -> Energy:

@@ -4,9 +4,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from t3c.core.certificate import Certificate
 from t3c.core.formats import Format, at_most
+
+Percentile = Literal["p50", "p95"]
 
 
 class Label(StrEnum):
@@ -27,6 +30,8 @@ class Timing:
         label: Measured on the device, or predicted by a cost model.
         calls: Timed calls behind it; None when predicted.
         threads: Threads that the call used.
+        low_s: Where 90 % of such predictions turn out to lie, seconds; None: measured, or unknown.
+        high_s: The upper end.
     """
 
     p50_s: float
@@ -34,11 +39,26 @@ class Timing:
     label: Label
     calls: int | None = None
     threads: int = 1
+    low_s: float | None = None
+    high_s: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse disorder, infinity and NaN."""
         if not 0.0 < self.p50_s <= self.p95_s < math.inf:
             raise ValueError(f"need 0 < p50_s <= p95_s < inf, got {self.p50_s} and {self.p95_s}")
+        if self.low_s is None and self.high_s is None:
+            return
+        low, high = self.low_s or math.nan, self.high_s or math.nan
+        if not 0.0 < low <= self.p50_s <= high < math.inf or self.label is Label.MEASURED:
+            raise ValueError(
+                "an interval belongs to a prediction, 0 < low_s <= p50_s <= high_s < inf; got "
+                f"{self.low_s}, {self.p50_s}, {self.high_s} ({self.label})"
+            )
+
+    def limit_s(self, percentile: Percentile = "p95") -> float:
+        """What a budget compares, seconds: never less than the upper end of an interval."""
+        seconds = self.p95_s if percentile == "p95" else self.p50_s
+        return seconds if self.high_s is None else max(seconds, self.high_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +100,8 @@ class Profile:
 
     @property
     def latency_ms(self) -> float | None:
-        """p95 of one call in milliseconds (what a latency budget compares); None if unknown."""
-        return None if self.latency is None else self.latency.p95_s * 1e3
+        """What a latency budget compares at p95, milliseconds; None if unknown."""
+        return None if self.latency is None else self.latency.limit_s() * 1e3
 
     @property
     def energy_mj(self) -> float | None:

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t3c.core.artifact import Artifact, with_policy
-from t3c.core.budget import COSTS, PERCENTILES, Budget, Percentile, Selector, costs
+from t3c.core.budget import COSTS, PERCENTILES, Budget, Selector, costs
 from t3c.core.errors import ArtifactError, T3CError
-from t3c.core.profile import Profile, ProfileChain
+from t3c.core.profile import Percentile, Profile, ProfileChain
 
 Array = NDArray[np.float64]
 SCHEMA = 1

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 
 from t3c.core.artifact import Artifact
-from t3c.core.budget import LEVEL, Budget, DriftKind, Percentile, Selector
+from t3c.core.budget import LEVEL, Budget, DriftKind, Selector
 from t3c.core.errors import ArtifactError, CertificateError, T3CError
-from t3c.core.explain import Explanation, explain
+from t3c.core.explain import Explanation, doubts, explain
 from t3c.core.manifest import CompiledProfile, Manifest, TensorSpec
 from t3c.core.probe import Probe, Trace
-from t3c.core.profile import Label, Profile, Timing
+from t3c.core.profile import Label, Percentile, Profile, Timing
 from t3c.core.structure import LEAF, Tree, flatten, unflatten
 from t3c.runtime import host, tvm_vm
 from t3c.runtime.entry import Entry, MachineEntry, NativeEntry, Scratch
@@ -117,6 +118,7 @@ class Session:
         self._current = self._variants[self.manifest.profiles[-1].profile.name]
         self._lock = threading.Lock()
         self._switches = 0
+        self._told: set[str] = set()
         self._input_bytes_copied = 0
 
     @property
@@ -181,6 +183,9 @@ class Session:
     ) -> Profile:
         """Make later calls run the largest profile that satisfies every limit given.
 
+        A limit of what nobody has measured is kept by what is predicted or estimated, with a
+        warning, once for each profile.
+
         A limit of drift beside others refuses that profile where its bound is above; alone, it
         picks the smallest profile whose bound keeps it.
 
@@ -214,7 +219,12 @@ class Session:
             drift=drift,
             percentile=percentile,
         )
-        return self.set_profile(self._picked(budget, inputs).name)
+        picked = self._picked(budget, inputs)
+        for text in doubts(picked, budget):
+            if text not in self._told:
+                self._told.add(text)
+                warnings.warn(text, stacklevel=2)
+        return self.set_profile(picked.name)
 
     def _picked(self, budget: Budget, inputs: Sequence[Any] | Mapping[str, Any] | None) -> Profile:
         """By the policy if there is one, else by the chain."""

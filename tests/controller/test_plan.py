@@ -25,6 +25,7 @@ from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.profile import Label
 from t3c.core.sites import LinearSite
 from t3c.cost_models.base import Work
+from t3c.cost_models.learned import LearnedModel
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.model import ElasticModel
 from t3c.targets import get
@@ -59,6 +60,23 @@ def test_eight_distinct_nested_profiles_from_tiny_to_dense(
         assert small.latency.p95_s < large.latency.p95_s
         assert small.latency.label is Label.PREDICTED
     assert set(profiles[0].formats) == set(model.sites)
+
+
+def test_a_network_is_predicted_as_a_whole_with_its_interval_where_a_model_knows_one() -> None:
+    model = mlp()
+    learned = replace(
+        LearnedModel.of(STEEP), network=(2.0, 0.0, 0.0, 0.0, 1e-3), network_spread=math.log(1.25)
+    )
+    found = plan(model, more(model, 1), STEEP, seconds=0.1, model=learned)
+    for profile in found.judged({}).chain:
+        timing = profile.latency
+        assert timing is not None
+        layers = sum(r.predicted_s for r in found.gate if profile.formats[r.site] == r.format)
+        assert timing.p50_s == pytest.approx(2 * layers + 1e-3)
+        assert timing.low_s == pytest.approx(timing.p50_s / 1.25)
+        assert timing.limit_s("p50") == timing.limit_s("p95") == pytest.approx(timing.p50_s * 1.25)
+        assert profile.latency_ms == pytest.approx(timing.p50_s * 1250)
+        assert timing.label is Label.PREDICTED
 
 
 def test_drift_rises_downwards_and_every_format_runs(planned: tuple[ElasticModel, Plan]) -> None:

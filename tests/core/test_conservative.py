@@ -2,10 +2,15 @@
 
 import math
 import random
+from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 
-from t3c.core.conservative import RUNS, next_run
+from t3c.core.budget import PERCENTILES, costs
+from t3c.core.conservative import RUNS, increasing, next_run
+from t3c.core.profile import Label, Timing
+from tests.runtime import toy
 
 
 @pytest.mark.parametrize("count", [3, 5, 11])
@@ -30,6 +35,27 @@ def test_too_few_and_too_many_runs_are_refused(count: int) -> None:
     assert count not in RUNS
     with pytest.raises(ValueError, match=f"{count} runs; 3 to 11 give a limit"):
         next_run([1.0] * count)
+
+
+def test_no_cost_that_budgets_compare_falls_along_a_chain_of_predictions_and_measurements() -> None:
+    draw = random.Random(3)
+    base = toy.manifest().profiles[0]
+    for _ in range(300):
+        made = []
+        for i in range(4):
+            p50 = draw.uniform(1.0, 2.0)
+            timing = Timing(p50, draw.uniform(1.0, 1.5) * p50, Label.MEASURED, 9)
+            if draw.random() < 0.6:
+                ends = (draw.uniform(0.5, 1.0) * p50, draw.uniform(1.0, 2.0) * p50)
+                timing = Timing(p50, p50, Label.PREDICTED, None, 1, *ends)
+            profile = replace(base.profile, name=str(i), latency=timing)
+            made.append(replace(base, profile=profile))
+        raised = [c.profile.latency for c in increasing(made)]
+        for percentile in PERCENTILES:
+            before = [costs(c.profile, percentile)["latency_ms"] for c in made]
+            after = [t.limit_s(percentile) * 1e3 for t in raised if t is not None]
+            assert after == sorted(after)
+            assert after == pytest.approx(list(accumulate(before, max)))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])

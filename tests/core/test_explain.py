@@ -1,6 +1,7 @@
 """An explanation names the limit that binds: without it a larger profile would be picked."""
 
 import json
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 
 from t3c.core.budget import COSTS, Budget, Selector
 from t3c.core.errors import InfeasibleBudget
-from t3c.core.explain import explain
+from t3c.core.explain import doubts, explain
+from t3c.core.profile import Energy, Label, ProfileChain, Timing
 from tests.core.test_budget import chain_of, token
 
 
@@ -46,6 +48,56 @@ def test_dropping_what_binds_picks_more_and_dropping_the_rest_changes_nothing(ri
         if rising:
             assert selector.index(replace(budget, **only)) == index
     assert explained > 200
+
+
+def predicted(low_ms: float | None, high_ms: float | None) -> ProfileChain:
+    """A chain of one whose latency is predicted, 2 ms, and whose energy is estimated."""
+    ends = (low_ms and low_ms / 1e3, high_ms and high_ms / 1e3)
+    profile = replace(
+        chain_of(1).profiles[0],
+        latency=Timing(2e-3, 2e-3, Label.PREDICTED, None, 1, *ends),
+        energy=Energy(1e-3, Label.ESTIMATED),
+    )
+    return ProfileChain((profile,))
+
+
+@pytest.mark.parametrize("percentile", ["p50", "p95"])
+def test_a_predicted_latency_is_compared_at_the_upper_end_and_told(percentile: Any) -> None:
+    selector = Selector(predicted(1.5, 2.5))
+    with pytest.raises(InfeasibleBudget, match=r"smallest feasible budget is latency_ms=2\.5"):
+        selector.index(Budget(latency_ms=2.4, percentile=percentile))
+    told = explain(selector, Budget(latency_ms=2.5, percentile=percentile))
+    assert told.profile is not None
+    (why,) = told.to_json()["doubts"]
+    assert (
+        "is predicted, not measured: the budget compares 2.5 ms, the upper end of its 90 %" in why
+    )
+    assert "from 1.5 ms; `t3c bench --record`" in why
+
+
+def test_what_is_measured_or_not_limited_raises_no_doubt() -> None:
+    (bare,) = predicted(None, None)
+    assert "with no interval known" in doubts(bare, Budget(latency_ms=3))[0]
+    assert doubts(bare, Budget(latency_ms=3, energy_mj=2))[1].endswith("is estimated, not measured")
+    assert doubts(bare, Budget(size_mb=9)) == ()
+    measured = replace(bare, latency=Timing(1e-3, 2e-3, Label.MEASURED, 20))
+    assert doubts(measured, Budget(latency_ms=3)) == ()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "label"),
+    [
+        (1.5, None, Label.PREDICTED),
+        (None, 2.5, Label.PREDICTED),
+        (2.1, 2.5, Label.PREDICTED),
+        (1.0, 1.9, Label.PREDICTED),
+        (1.0, math.inf, Label.PREDICTED),
+        (1.0, 2.5, Label.MEASURED),
+    ],
+)
+def test_an_interval_that_is_none_is_refused(low: Any, high: Any, label: Label) -> None:
+    with pytest.raises(ValueError, match="an interval belongs to a prediction"):
+        Timing(2.0, 2.0, label, None, 1, low, high)
 
 
 def test_the_sentence_names_limit_and_next_cost() -> None:

@@ -11,7 +11,7 @@ from t3c.core.errors import CostModelError
 from t3c.core.formats import Dense, LowRank
 from t3c.core.sites import ConvSite, LinearSite
 from t3c.cost_models import cost_model
-from t3c.cost_models.base import Row
+from t3c.cost_models.base import Row, Work
 from t3c.cost_models.dataset import Dataset
 from t3c.cost_models.design import design
 from t3c.cost_models.learned import LearnedModel, conformal
@@ -91,6 +91,26 @@ def test_intervals_hold_about_nine_tenths_of_new_kernels(learned: LearnedModel) 
         for k, (low, high) in zip(new, learned.predict_interval([k.row for k in new]), strict=True)
     ]
     assert 0.8 < np.mean(held) < 0.99
+
+
+def test_what_was_measured_wins_over_the_prediction(learned: LearnedModel, tmp_path: Path) -> None:
+    seen = kernels(160)[7]
+    new = replace(seen.row, threads=seen.row.threads + 1)
+    blind = replace(learned, measured={})
+    assert blind.predict([seen.row]) != [seen.seconds.p50_s]
+    learned.save(tmp_path / "model.json")
+    for model in (learned, LearnedModel.load(tmp_path / "model.json")):
+        rows = [new, seen.row, new]
+        guess = blind.predict([new])
+        assert model.predict(rows) == [*guess, seen.seconds.p50_s, *guess]
+        ends = model.predict_interval(rows)
+        p50, p95 = seen.seconds.p50_s, seen.seconds.p95_s
+        assert ends[1] == pytest.approx((p50 * p50 / p95, p95))
+        assert [ends[0]] == blind.predict_interval([new])
+    part, rest = Work(1000, 5000, 3), [seen.row]
+    assert learned.predict_network(rest, part) == pytest.approx(
+        learned.network[0] * seen.seconds.p50_s + learned.predict_rest(part)
+    )
 
 
 def test_a_conformal_quantile_needs_enough_errors() -> None:

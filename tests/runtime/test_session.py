@@ -5,6 +5,7 @@ import shutil
 import statistics
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from t3c.core.artifact import Artifact
 from t3c.core.errors import ArtifactError, InfeasibleBudget, T3CError, TargetError
 from t3c.core.manifest import TargetInfo, TensorSpec
+from t3c.core.profile import Label, Timing
 from t3c.core.structure import LEAF
 from t3c.runtime import bundle
 from t3c.runtime.session import Session, load
@@ -57,6 +59,18 @@ def test_profiles_ascend_and_the_largest_is_current_at_first(session: Session) -
     proxy = session.profiles[1].certificate.proxy
     assert proxy is not None
     assert proxy.paper.value == 0.25
+
+
+def test_a_budget_on_a_prediction_is_kept_by_its_upper_end_and_warns_once(tmp_path: Path) -> None:
+    first, last = toy.manifest().profiles
+    told = Timing(2e-3, 2e-3, Label.PREDICTED, None, 1, 1.5e-3, 3e-3)
+    profiles = (first, replace(last, profile=replace(last.profile, latency=told)))
+    session = load(toy.write(tmp_path / "a", profiles=profiles))
+    assert session.set_budget(latency_ms=2.9).name == "tiny"  # measured: no warning
+    with pytest.warns(UserWarning, match=r"'max' is predicted, .* compares 3 ms, the upper end"):
+        assert session.set_budget(latency_ms=3.1).name == "max"
+    assert session.set_budget(latency_ms=3.1).name == "max"  # told before
+    assert load(session.path).manifest == session.manifest
 
 
 def test_inputs_go_by_position_by_name_and_as_torch(session: Session) -> None:

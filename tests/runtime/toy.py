@@ -122,9 +122,9 @@ def profile(name: str) -> Profile:
         macs=ROWS * (N * K if large else RANK * (N + K)),
         storage_bytes=2052 if large else 1540,
         ram_bytes=4000 if large else 3000,
-        latency=Timing(1e-3, 2e-3, Label.PREDICTED)
+        latency=Timing(1e-3, 2e-3, Label.MEASURED, 20)
         if large
-        else Timing(5e-4, 1e-3, Label.PREDICTED),
+        else Timing(5e-4, 1e-3, Label.MEASURED, 20),
         energy=Energy(2e-3, Label.ESTIMATED) if large else None,
         certificate=Certificate(
             proxy=proxy(0.25 if large else 1.5),
