@@ -5,11 +5,14 @@
 Another process takes a share of the core that this one is bound to (work and sleep in turn), for
 some seconds, twice. A fixed call and a governed call take turns, so that both meet the same load.
 The budget is a little above the fixed profile's own p95 on the quiet machine, measured first.
-Results go to benchmarks/governor.json, the calls to governor.svg; a minute and a half.
+Switches, reversals (a switch against the direction of the one before within `REVERSAL_S`) and
+failed ups are counted in each phase: quiet, loaded, after. Results go to benchmarks/governor.json,
+the calls to governor.svg; a minute and a half.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.libraries import inputs, library, one_thread
+from t3c.runtime.governor import REVERSAL_S
 
 HERE = Path(__file__).resolve().parent
 QUIET_S, LOADED_S, AFTER_S = 5.0, 12.0, 8.0
@@ -33,6 +37,8 @@ SLOWDOWN = 1.22
 than the budget leaves, less than the smallest profile could make up for."""
 RECORD_ROUNDS = 40
 RECOVERY_S = 2.0
+MOST_SWITCHES, MOST_REVERSALS = 6, 2
+"""A round. Four switches are two steps each way; a burst of the host costs two and a reversal."""
 LOAD = """
 import sys, time
 busy, idle, end = float(sys.argv[1]) / 1e3, float(sys.argv[2]) / 1e3, float(sys.argv[3])
@@ -61,15 +67,10 @@ class Calls:
         ]
         return sum(within) / len(within)
 
-    def switches(self, spans: Sequence[tuple[float, float]]) -> int:
-        """How often the profile changed within some times."""
-        count = 0
-        for begin, end in spans:
-            held = [
-                p for at, p in zip(self.seconds, self.profiles, strict=True) if begin <= at < end
-            ]
-            count += sum(a != b for a, b in pairwise(held))
-        return count
+    def moves(self) -> list[tuple[float, str, str]]:
+        """Switches: end of the first call of the new profile, the old one, the new one."""
+        held = zip(self.seconds, self.profiles, strict=True)
+        return [(b[0], a[1], b[1]) for a, b in pairwise(held) if a[1] != b[1]]
 
 
 def main() -> None:
@@ -115,6 +116,7 @@ def run(folder: Path, plot: Path, idle_ms: float | None) -> dict[str, Any]:
     fixed, governed = Calls(), Calls()
     spans: dict[str, list[tuple[float, float]]] = {"quiet": [], "loaded": [], "after": []}
     recoveries: list[float | None] = []
+    failed = dict.fromkeys(spans, 0)
     start = time.perf_counter()
 
     def until(end: float) -> None:
@@ -131,14 +133,17 @@ def run(folder: Path, plot: Path, idle_ms: float | None) -> dict[str, Any]:
 
     with t3c.govern(session, latency_ms=budget) as governor:
         for _ in range(ROUNDS):
-            begin = time.perf_counter() - start
+            begin, ups = time.perf_counter() - start, governor.failed_ups
             until(begin + QUIET_S)
+            failed["quiet"] += governor.failed_ups - ups
             before = governor.profile
-            loaded = time.perf_counter() - start
+            loaded, ups = time.perf_counter() - start, governor.failed_ups
             with _Load(core, idle_ms, 2 * LOADED_S):
                 until(loaded + LOADED_S)
-            ended = time.perf_counter() - start
+            failed["loaded"] += governor.failed_ups - ups
+            ended, ups = time.perf_counter() - start, governor.failed_ups
             until(ended + AFTER_S)
+            failed["after"] += governor.failed_ups - ups
             done = time.perf_counter() - start
             spans["quiet"].append((begin, loaded))
             spans["loaded"].append((loaded, ended))
@@ -184,9 +189,16 @@ def run(folder: Path, plot: Path, idle_ms: float | None) -> dict[str, Any]:
             for name, calls in both.items()
         },
         "governed_under_load": {n: loaded_calls.count(n) for n in names if n in loaded_calls},
-        "switches": governed.switches(everything),
-        "switches_under_load_by_round": [governed.switches([span]) for span in spans["loaded"]],
+        "switches": statistics["switches"],
+        "reversals": statistics["reversals"],
         "failed_ups": statistics["failed_ups"],
+        "by_phase": {
+            phase: {**_moves(governed, names, within), "failed_ups": failed[phase]}
+            for phase, within in spans.items()
+        },
+        "switches_under_load_by_round": [
+            _moves(governed, names, [span])["switches"] for span in spans["loaded"]
+        ],
         "recovery_s": recoveries,
         "overhead_us": _overhead(session, budget),
     }
@@ -197,7 +209,9 @@ def run(folder: Path, plot: Path, idle_ms: float | None) -> dict[str, Any]:
         f"former profile or a larger one within {RECOVERY_S:g} s": all(
             seconds is not None and seconds <= RECOVERY_S for seconds in recoveries
         ),
-        "at most 6 switches a round": figures["switches"] <= 6 * ROUNDS,
+        f"at most {MOST_SWITCHES} switches a round": figures["switches"] <= MOST_SWITCHES * ROUNDS,
+        f"at most {MOST_REVERSALS} reversals a round": figures["reversals"]
+        <= MOST_REVERSALS * ROUNDS,
     }
     return figures
 
@@ -234,6 +248,21 @@ def _idle(session: Any, given: tuple[Any, ...], core: int) -> float:
             if median() >= SLOWDOWN * quiet:
                 break
     return idle_ms
+
+
+def _moves(
+    calls: Calls, names: Sequence[str], spans: Sequence[tuple[float, float]]
+) -> dict[str, int]:
+    """Switches within some times, and those against the direction of the one before, soon after."""
+    switches = reversals = 0
+    last, rose = -math.inf, False
+    for at, before, after in calls.moves():
+        rises = names.index(after) > names.index(before)
+        if any(begin <= at < end for begin, end in spans):
+            switches += 1
+            reversals += rises != rose and at - last <= REVERSAL_S
+        last, rose = at, rises
+    return {"switches": switches, "reversals": reversals}
 
 
 def _recovery(calls: Calls, profiles: Sequence[str], since: float) -> float | None:

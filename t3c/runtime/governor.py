@@ -6,6 +6,7 @@ would not keep the budget, and comes back when the device recovers (`t3c.runtime
 """
 
 import json
+import math
 import threading
 import time
 from array import array
@@ -22,6 +23,10 @@ from t3c.runtime.loop import Law, Loop
 METER_EVERY_S = 0.1
 """Time between two readings of a meter: counters of processors step every millisecond, so that a
 shorter one would be read off by more than a hundredth."""
+REVERSAL_S = 10.0
+"""A switch that undoes the direction of the one before within this time is a reversal. A load that
+is followed down and up again is none, if it lasts that long; longer than all waits of the law, so
+that these cannot hide one."""
 ENERGY_LAW = Law(window=16, horizon_s=1.0, keep=3, least=3, run=3)
 """Of energies, which come ten times a second."""
 
@@ -162,7 +167,8 @@ class Governor:
         self._calls = array("q", bytes(8 * len(profiles)))
         self._seconds = array("d", bytes(8 * len(profiles)))
         self._over = array("q", bytes(8 * len(profiles)))
-        self._deadlines = self._missed = self._switches = 0
+        self._deadlines = self._missed = self._switches = self._reversals = 0
+        self._up, self._switched = False, -math.inf
         self._read_at: float | None = None
         self._joules = self._metered = self._expected = 0.0
         self._metered_calls = self._pending = 0
@@ -194,6 +200,16 @@ class Governor:
     def switches(self) -> int:
         """How often another profile was picked."""
         return self._switches
+
+    @property
+    def reversals(self) -> int:
+        """Switches that undid the direction of the one before within `REVERSAL_S`."""
+        return self._reversals
+
+    @property
+    def failed_ups(self) -> int:
+        """Switches up that were soon taken back."""
+        return sum(x.failed for x in (self._loop, self._energy) if x is not None)
 
     @property
     def slowdown(self) -> float:
@@ -261,7 +277,9 @@ class Governor:
         if self._meter is not None:
             wanted = min(wanted, self._read(index, now, self._meter))
         if wanted != self._index:
-            self._index = wanted
+            up = wanted > self._index
+            self._reversals += up != self._up and now - self._switched <= REVERSAL_S
+            self._up, self._switched, self._index = up, now, wanted
             self._switches += 1
             if self._before is not None:
                 self._session.set_profile(self._names[wanted])
@@ -291,7 +309,9 @@ class Governor:
 
         ``slowdown`` is measured over recorded latency at the percentile, ``predicted_s`` what the
         present profile takes at it now; ``over_budget`` counts calls without a deadline of their
-        own. ``energy_j`` and ``energy_calls`` belong together; null without a meter.
+        own. ``reversals`` are switches against the direction of the one before within
+        `REVERSAL_S`: oscillation, where the load did not do the same. ``energy_j`` and
+        ``energy_calls`` belong together; null without a meter.
         """
         with self._lock:
             loop = self._loop
@@ -308,7 +328,8 @@ class Governor:
                 "over_budget": over,
                 "over_budget_share": over / calls if calls and loop is not None else None,
                 "switches": self._switches,
-                "failed_ups": sum(x.failed for x in (loop, self._energy) if x is not None),
+                "reversals": self._reversals,
+                "failed_ups": self.failed_ups,
                 "deadlines": self._deadlines,
                 "deadlines_missed": self._missed,
                 "energy_j": None if self._meter is None else self._metered,
@@ -345,6 +366,7 @@ class Governor:
             text.add(name, "counter", what, rows)
         for name, key, what in (
             ("switches_total", "switches", "Switches of the profile."),
+            ("reversals_total", "reversals", "Switches that soon undid the direction of the last."),
             ("failed_ups_total", "failed_ups", "Switches up that were soon taken back."),
             ("deadlines_total", "deadlines", "Calls with a deadline of their own."),
             ("deadlines_missed_total", "deadlines_missed", "Of these, late ones."),

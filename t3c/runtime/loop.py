@@ -7,6 +7,11 @@ One estimate drives it: the slowdown, measured cost over recorded cost of the pr
 is the same for all profiles to first order, so that a small profile tells what a large one would
 take: going up needs no trial under load. Its stated percentile over the last calls is compared
 with the room that the budget leaves each profile.
+
+Down is quick, up has two ways. After a clear fall of the slowdown (a load has ended) all calls of
+the last second, but for a share of those that the percentile allows, must fit. Otherwise a device
+only wanders: its envelope counts, which rises with the slowdown and sinks slowly, and a long time
+passes between switches.
 """
 
 import math
@@ -20,40 +25,54 @@ from typing import final
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """Constants of the loop. The defaults keep the tests' traces, and are not fitted to a device.
+    """Constants of the loop.
+
+    Chosen on traces of an invented host (steps, wander, bursts, pauses, ramps) and on recorded
+    ones, checked on seeds that were not used: docs/decisions.md, Governor.
 
     Attributes:
         window: Calls that the percentile is taken over, at most.
         horizon_s: Calls older than this are forgotten, as long as enough newer ones are known.
-        keep: So many are enough for staying: fewer cannot show a percentile of slow calls.
-        least: So many are enough for going up, so that slow calls recover, too.
-        down: Factor on the predicted cost above which the present profile is left: margin for the
-            error of a percentile of a window.
-        up: The same for a larger profile; the difference to `down` is the hysteresis.
-        probe: The same after a time of `patience`, one step up, for budgets close to a cost.
+        keep: So many are needed for leaving a profile, but for a `run`: fewer cannot show a
+            percentile of slow calls.
+        least: So many are needed for going up, so that slow calls recover, too.
         run: So many calls over the budget in a row are a new load: older calls are forgotten.
+        down: Factor on the cost of the calls above which the present profile is left.
+        below: The same for the profile that is taken instead: the first calls of a load tell
+            little, and a step too many costs less than another switch.
+        up: The same for a larger profile while the slowdown wanders, on its envelope.
+        back: The same after a clear fall.
+        better: A slowdown of at most this share of the envelope is a clear fall.
+        sure: Share of the calls allowed above the percentile that may be over after a clear fall.
+        settle_s: The profile to go back to must stay the same for this time.
+        memory_s: Time in which the envelope sinks to a third of the way.
         dwell_s: Time after a switch before going up.
-        trial_s: A switch up that is taken back within this time, or `keep` calls, has failed.
-        hold_s: Time without going up after a failure; doubles with each further one.
-        longest_hold_s: Its limit.
-        better: Share of the slowdown of the failed attempt below which it is tried again at once.
-        patience: In units of the `hold_s` now in force: so long after a switch `probe` holds.
+        patience_s: The same without a clear fall.
+        trial_s: A switch up that is taken back within this time, or `keep` calls, has failed; a
+            second switch down within it goes one profile further.
+        hold_s: Time without going up after a failure; doubles with each further one, halves with
+            each success.
+        longest_hold_s: Its limit. A slowdown of `better` times that of the failed switch ends it.
     """
 
     window: int = 128
     horizon_s: float = 1.0
     keep: int = 32
     least: int = 8
-    down: float = 1.02
-    up: float = 1.06
-    probe: float = 1.035
-    run: int = 3
-    dwell_s: float = 0.25
-    trial_s: float = 1.0
-    hold_s: float = 0.5
-    longest_hold_s: float = 60.0
+    run: int = 8
+    down: float = 1.01
+    below: float = 1.1
+    up: float = 1.04
+    back: float = 1.02
     better: float = 0.9
-    patience: float = 10.0
+    sure: float = 0.5
+    settle_s: float = 0.4
+    memory_s: float = 8.0
+    dwell_s: float = 0.25
+    patience_s: float = 8.0
+    trial_s: float = 3.0
+    hold_s: float = 1.0
+    longest_hold_s: float = 60.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -62,15 +81,28 @@ class Law:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if max(self.keep, self.least, self.run) > self.window:
             raise ValueError(f"a window of {self.window} calls is below keep, least or run")
-        for name in ("horizon_s", "dwell_s", "trial_s", "hold_s", "longest_hold_s", "patience"):
+        for name in (
+            "horizon_s",
+            "settle_s",
+            "memory_s",
+            "dwell_s",
+            "patience_s",
+            "trial_s",
+            "hold_s",
+            "longest_hold_s",
+        ):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive, finite number")
-        if not 1.0 <= self.down <= self.probe <= self.up < math.inf:
+        if not 1.0 <= self.down <= self.back <= self.up <= self.below < math.inf:
             raise ValueError(
-                f"need 1 <= down <= probe <= up, got {self.down}, {self.probe} and {self.up}"
+                "need 1 <= down <= back <= up <= below, got "
+                f"{self.down}, {self.back}, {self.up} and {self.below}"
             )
-        if not 0.0 < self.better <= 1.0:
-            raise ValueError(f"better is {self.better}; give a share above 0 and at most 1")
+        for name in ("better", "sure"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; give a share above 0 and at most 1"
+                )
 
 
 @final
@@ -188,13 +220,18 @@ class Loop:
         self._window = Window(self._law, percentile, self._law.keep)
         self._recent = Window(self._law, percentile, self._law.least)
         self._run = 0
+        self._seen = -math.inf
         self._switched = -math.inf
         self._since = 0
-        self._from: int | None = None
-        self._believed = math.inf
+        self._envelope = 0.0
+        self._direction = 0
+        self._tried = False
+        self._believed = 0.0
         self._failed_at = 0.0
         self._hold = self._law.hold_s
         self._hold_until = -math.inf
+        self._home = -1
+        self._home_since = -math.inf
         self.ups = self.downs = self.failed = 0
         self.index = self.fitting(1.0, self._most)
         self.saturated = self._costs[least] > budget
@@ -236,11 +273,16 @@ class Loop:
             recent.keep_last(law.run)
         spare = self._spare(window)
         tail = window.tail(spare)
-        if window.above(room / law.down) > max(1, spare):
+        self._sink(now_s, tail)
+        if self._tried and now_s - self._switched >= law.trial_s and self._since >= law.keep:
+            self._tried = False
+            self._hold = max(law.hold_s, 0.5 * self._hold)
+        told = len(window) >= law.keep or self._run >= law.run
+        if told and window.above(room / law.down) > max(1, spare):
             if self.index > self._least:
                 self._down(now_s, tail)
         elif self.index < self._most and len(recent) >= law.least:
-            self._up(now_s, recent.tail(self._spare(recent)))
+            self._up(now_s)
         self.saturated = self._costs[self._least] * tail > self._budget
         return self.index
 
@@ -251,41 +293,67 @@ class Loop:
         over: leaving a profile for what none avoids gives up accuracy for nothing.
         """
         allowed = window.above_allowed()
+        return self._excused(window, allowed, allowed + max(2, allowed // 2))
+
+    def _few(self, window: Window) -> int:
+        """So many may lie over it after a clear fall."""
+        allowed = window.above_allowed()
+        few = int(self._law.sure * allowed)
+        return self._excused(window, few, few + allowed // 2)
+
+    def _excused(self, window: Window, allowed: int, most: int) -> int:
         hopeless = window.above(self._budget / self._costs[self._least])
-        most = min(allowed + max(2, allowed // 2), len(window) - 1)
-        return max(allowed, min(hopeless, most))
+        return max(allowed, min(hopeless, most, len(window) - 1))
+
+    def _sink(self, now_s: float, tail: float) -> None:
+        """Let the envelope rise to the slowdown, or sink a little towards it."""
+        passed, self._seen = now_s - self._seen, now_s
+        if tail >= self._envelope:
+            self._envelope = tail
+        else:
+            self._envelope += (tail - self._envelope) * min(1.0, passed / self._law.memory_s)
 
     def _down(self, now_s: float, tail: float) -> None:
-        law, target = self._law, self.fitting(tail * self._law.up, self.index - 1)
-        if self._from is not None:  # the last switch went up
-            if now_s - self._switched < law.trial_s or self._since < law.keep:
-                self.failed += 1
-                self._hold_until = now_s + self._hold
-                self._hold = min(2.0 * self._hold, law.longest_hold_s)
-                self._failed_at = self._believed
-                target = max(target, self.fitting(tail * law.down, self._from))
-            else:
-                self._hold = law.hold_s
+        law, target = self._law, self.fitting(tail * self._law.below, self.index - 1)
+        if self._tried:  # the last switch went up, not long ago
+            self.failed += 1
+            self._hold_until = now_s + self._hold
+            self._hold = min(2.0 * self._hold, law.longest_hold_s)
+            self._failed_at = self._believed
+        elif self._direction < 0 and now_s - self._switched < law.trial_s:
+            target = max(self._least, target - 1)
         self.downs += 1
-        self._from = None
-        self._switched, self._since = now_s, 0
-        self.index = target
+        self._envelope = tail
+        self._switch(now_s, target, -1)
 
-    def _up(self, now_s: float, tail: float) -> None:
-        law, waited = self._law, now_s - self._switched
+    def _up(self, now_s: float) -> None:
+        law, recent, waited = self._law, self._recent, now_s - self._switched
         if waited < law.dwell_s:
             return
+        tail = recent.tail(self._spare(recent))
         if now_s < self._hold_until and tail > law.better * self._failed_at:
             return
-        target = self.fitting(tail * law.up, self._most)
+        target = self.index
+        if waited >= law.patience_s:
+            target = self.fitting(self._envelope * law.up, self._most)
+        surely = recent.tail(self._few(recent))
+        if surely <= law.better * self._envelope:
+            home = self.fitting(surely * law.back, self._most)
+            if home != self._home:
+                self._home, self._home_since = home, now_s
+            if now_s - self._home_since >= law.settle_s:
+                target = max(target, home)
+        else:
+            self._home = -1
         if target <= self.index:
-            near = self._costs[self.index + 1] * tail * law.probe <= self._budget
-            if not near or waited < law.patience * self._hold:
-                return
-            target = self.index + 1
-        self._window.keep_last(len(self._recent))  # what is older is over
+            return
+        self._window.keep_last(len(recent))  # what is older is over
         self.ups += 1
-        self._from = self.index
-        self._switched, self._since = now_s, 0
         self._believed = tail
+        self._switch(now_s, target, 1)
+
+    def _switch(self, now_s: float, target: int, direction: int) -> None:
+        self._switched, self._since = now_s, 0
+        self._direction, self._tried = direction, direction > 0
+        self._home = -1
         self.index = target

@@ -47,6 +47,24 @@ def square(factor: float, period: float) -> Load:
     return lambda now: factor if now % period < period / 2 else 1.0
 
 
+def wander(seed: int, sigma: float, tau: float, seconds: float, over: Load = quiet) -> Load:
+    """A host whose own speed wanders: an Ornstein-Uhlenbeck process of the logarithm.
+
+    Args:
+        seed: Of the process.
+        sigma: Its standard deviation.
+        tau: Its correlation time, seconds.
+        seconds: How long it goes on.
+        over: What else slows the device down.
+    """
+    draw, step = random.Random(seed), 0.01
+    keep = math.exp(-step / tau)
+    values = [draw.gauss(0.0, sigma)]
+    while len(values) * step < seconds + 10.0:
+        values.append(keep * values[-1] + math.sqrt(1.0 - keep**2) * draw.gauss(0.0, sigma))
+    return lambda now: over(now) * math.exp(values[int(now / step)])
+
+
 @dataclass
 class Plant:
     """The device; a session for the governor.
@@ -139,6 +157,11 @@ class Plant:
         """How often the profile changed between two times."""
         held = [i for now, i, _ in self.log if begin <= now < end]
         return sum(a != b for a, b in pairwise(held))
+
+    def reversals(self, within: float = 10.0) -> int:
+        """Switches against the direction of the one before, so soon after it."""
+        moves = [(b[0], b[1] > a[1]) for a, b in pairwise(self.log) if a[1] != b[1]]
+        return sum(a[1] != b[1] and b[0] - a[0] <= within for a, b in pairwise(moves))
 
     def back(self, profile: int, since: float) -> float:
         """Seconds from a moment to the first later call of a profile; infinite if none."""

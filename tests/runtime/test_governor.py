@@ -15,10 +15,10 @@ import t3c
 from t3c.core.certificate import Bound, Calibrated, Certificate
 from t3c.core.errors import InfeasibleBudget
 from t3c.core.profile import Profile
-from t3c.runtime.governor import Governor, govern
+from t3c.runtime.governor import REVERSAL_S, Governor, govern
 from t3c.runtime.session import load
 from tests.runtime import toy
-from tests.runtime.plant import NAMES, RECORDED, SECONDS, Plant, step
+from tests.runtime.plant import NAMES, RECORDED, SECONDS, Plant, square, step
 
 BUDGET_MS = 9.0
 LAST = len(SECONDS) - 1
@@ -51,6 +51,18 @@ def test_it_follows_the_load_and_the_session_follows_it() -> None:
     drive(plant, g, 10.0)  # outside the block it governs its own calls only
     assert g.switches > before
     assert plant.profile.name == "p2"
+
+
+def test_switches_that_undo_the_last_one_soon_are_counted_as_reversals() -> None:
+    plant = Plant(square(1.5, 6.0))
+    g = governed(plant)
+    drive(plant, g, 40.0)
+    assert g.reversals == plant.reversals(REVERSAL_S) == g.statistics()["reversals"] > 4
+    plant = Plant(square(1.5, 30.0))  # slower than that: followed, not reversed
+    g = governed(plant)
+    drive(plant, g, 100.0)
+    assert g.switches >= 6
+    assert g.reversals == plant.reversals(REVERSAL_S) == 0
 
 
 def test_a_call_returns_what_the_session_computes(tmp_path: Path) -> None:
@@ -110,7 +122,10 @@ def test_latency_and_energy_both_limit() -> None:
         drive(plant, g, 2.9)
         assert NAMES.index(g.profile) <= 1
         drive(plant, g, 9.0)
-        assert g.profile in ("p3", "p4")
+        assert g.profile in ("p3", "p4", "p5")
+        begin, calls = plant.joules, len(plant.log)
+        drive(plant, g, 12.0)
+        assert (plant.joules - begin) / (len(plant.log) - calls) <= SECONDS[4] * 1.05 * 10.0
 
 
 def test_a_meter_that_starts_over_is_not_believed() -> None:

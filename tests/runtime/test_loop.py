@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from t3c.runtime.loop import Law, Loop, Window
-from tests.runtime.plant import RECORDED, SECONDS, SPREAD, Plant, quiet, ramp, square, step
+from tests.runtime.plant import RECORDED, SECONDS, SPREAD, Plant, quiet, ramp, square, step, wander
 
 BUDGET = 9e-3
 LAST = len(SECONDS) - 1
@@ -144,6 +144,61 @@ def test_a_budget_just_above_the_cost_settles() -> None:
         assert plant.over(budget) < 0.05
 
 
+@pytest.mark.parametrize(("sigma", "tau"), [(0.03, 3.0), (0.04, 1.0)])
+def test_a_host_that_wanders_around_the_budget_makes_it_settle(sigma: float, tau: float) -> None:
+    budget = RECORDED[-1] * 1.02
+    switches = reversals = 0
+    for seed in range(4):
+        plant = Plant(wander(seed, sigma, tau, 60.0), seed=seed)
+        play(plant, 60.0, budget)
+        assert plant.over(budget) < 0.05
+        switches += plant.switches()
+        reversals += plant.reversals()
+    # in four minutes; the law before, which had no envelope: 62 and 36 with slow wander, 131 and 73
+    assert switches <= 28
+    assert reversals <= 14
+
+
+def loaded(now: float) -> float:
+    """As in benchmarks/governor.py: two rounds of 5 s quiet, 12 s loaded, 8 s quiet."""
+    return 1.3 if 5.0 <= now < 17.0 or 30.0 <= now < 42.0 else 1.0
+
+
+def test_two_rounds_of_load_on_a_host_that_wanders_take_few_switches_and_two_seconds() -> None:
+    budget, switches, reversals = RECORDED[-1] * 1.1, 0, 0
+    for seed in range(8):
+        plant = Plant(
+            wander(seed, 0.02, 3.0, 50.0, loaded),
+            spikes=0.002,
+            slices=lambda now: (0.1, 1.5) if loaded(now) > 1.0 else (0.0, 0.0),
+            seed=seed,
+        )
+        play(plant, 50.0, budget)
+        switches += plant.switches()
+        reversals += plant.reversals()
+        assert plant.switches() <= 12  # the law before: up to 21
+        for begin, end in ((5.0, 17.0), (30.0, 42.0)):
+            assert plant.over(budget, begin, end) < 0.03
+            assert plant.back(LAST, end) < 2.0
+    assert switches <= 80  # in 16 rounds; the law before: 137
+    assert reversals <= 24  # the law before: 63
+
+
+def test_a_small_fall_is_believed_later_than_a_clear_one() -> None:
+    for factor, soon, late in ((1.3, 0.5, 2.0), (1.09, 3.0, 20.0)):
+        plant = Plant(step(factor, 2.0, 20.0))
+        play(plant, 45.0, RECORDED[-1] * 1.06)
+        assert plant.switches(2.0, 20.0) >= 1
+        assert soon < plant.back(LAST, 20.0) < late
+
+
+def test_the_same_calls_give_the_same_switches() -> None:
+    plants = [Plant(wander(3, 0.05, 2.0, 30.0), seed=3) for _ in range(2)]
+    loops = [play(plant, 30.0) for plant in plants]
+    assert plants[0].log == plants[1].log
+    assert loops[0].downs == loops[1].downs > 0
+
+
 def test_overload_runs_the_smallest_says_so_and_ends() -> None:
     plant = Plant(step(3.0, 2.0, 6.0))
     loop = Loop(RECORDED, BUDGET)
@@ -258,8 +313,12 @@ def test_bad_arguments_are_refused(arguments: tuple[object, ...], match: str) ->
         ({"window": 4}, "below keep, least or run"),
         ({"horizon_s": 0.0}, "horizon_s is 0"),
         ({"hold_s": math.inf}, "hold_s is inf"),
-        ({"down": 1.1, "up": 1.0}, "need 1 <= down <= probe <= up"),
+        ({"settle_s": 0.0}, "settle_s is 0"),
+        ({"memory_s": math.nan}, "memory_s is nan"),
+        ({"patience_s": -1.0}, "patience_s is -1"),
+        ({"down": 1.1, "up": 1.0}, "need 1 <= down <= back <= up <= below"),
         ({"better": 0.0}, "better is 0"),
+        ({"sure": 1.1}, "sure is 1.1"),
     ],
 )
 def test_a_law_that_cannot_work_is_refused(changes: dict[str, float], match: str) -> None:
