@@ -156,20 +156,22 @@ def _change(steps: Ends, before: Ends, live: Tensor) -> Ends:
     p' / p = 1 / (p + sum_{j != i} p_j exp(delta_j - delta_i)) >= 1 / (p + (1 - p) e^m) for m =
     max(0, max_j delta_j - delta_i): the change is at least -p (1 - p)(e^m - 1) / (p + (1 - p)
     e^m), whose magnitude is largest at p = e^(m/2) / (1 + e^(m/2)); and upwards with m = max_j
-    delta_i - delta_j by the same formula for 1 - p.
+    delta_i - delta_j by the same formula for 1 - p. Both p and 1 - p are needed to all digits:
+    beyond m = 75, p rounds to 1.
     """
     hide = ~live[..., None, :]
 
-    def most(m: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def most(m: Tensor, p: Ends, rest: Ends) -> Tensor:
         m = m.clamp(0, 700)
-        p = torch.minimum(torch.maximum(torch.sigmoid(m / 2), low), high)
-        return p * (1 - p) * -torch.expm1(-m) / (p * torch.exp(-m) + 1 - p).clamp_min(1e-300)
+        p_at = torch.minimum(torch.maximum(torch.sigmoid(m / 2), p[0]), p[1])
+        at = torch.minimum(torch.maximum(torch.sigmoid(-m / 2), rest[0]), rest[1])
+        return p_at * at * -torch.expm1(-m) / (p_at * torch.exp(-m) + at).clamp_min(1e-300)
 
     up = (-steps[0]).masked_fill(hide, 0.0).amax(-1)
     down = steps[1].masked_fill(hide, 0.0).amax(-1)
-    low, high = before
-    least = torch.where(live, most(down, low, high) * ONE, 0.0)
-    best = torch.where(live, most(up, 1 - high, 1 - low) * ONE, 0.0)
+    rest = 1 - before[1], 1 - before[0]
+    least = torch.where(live, most(down, before, rest) * ONE, 0.0)
+    best = torch.where(live, most(up, rest, before) * ONE, 0.0)
     return -least, best
 
 

@@ -240,7 +240,7 @@ def test_secants_lie_within_their_range(name: str) -> None:
         assert bool(((low <= slope) & (slope <= high))[known].all())
 
 
-def test_theaveraged_of_an_average_counts_all_its_terms() -> None:
+def test_the_window_of_an_average_counts_all_its_terms() -> None:
     aten = torch.ops.aten
     shape = torch.Size((1, 2, 7, 7))
     assert averaged(aten.avg_pool2d.default, (None, [3], 1), shape) == 9

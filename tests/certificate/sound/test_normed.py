@@ -78,6 +78,19 @@ def test_no_share_changes_by_more_than_the_tanh_of_a_quarter_of_the_gap() -> Non
     assert float(made.d.high.max()) == pytest.approx(math.tanh(0.25), rel=1e-6)
 
 
+@pytest.mark.parametrize("far", [20.0, 60.0, 100.0, 300.0])
+def test_shares_may_turn_over_however_far_apart_the_scores_are(far: float) -> None:
+    space = Space("interval")
+    scores = torch.tensor([[far, 0.0]]).double()
+    before, after = torch.softmax(scores, -1), torch.softmax(scores.flip(-1), -1)
+    for wide in (0.0, 2 * far):
+        x = constant(space, scores).widened(torch.full_like(scores, wide))
+        d = constant(space, 0 * scores).widened(torch.full_like(scores, far))
+        made = softmax(Pair(x, d)).d
+        assert bool((made.low <= after - before).all())
+        assert bool((after - before <= made.high).all())
+
+
 def test_norms_stay_within_what_normalizing_implies() -> None:
     space = Space("interval")
     wide = constant(space, torch.zeros(1, 9)).widened(torch.full((1, 9), 20.0).double())
