@@ -53,7 +53,7 @@ from t3c.core.manifest import (
     TargetInfo,
     TensorSpec,
 )
-from t3c.core.objective import Objective, parse_objective
+from t3c.core.objective import Mix, Objective, parse_objective
 from t3c.core.profile import Percentile
 from t3c.core.sites import Site
 from t3c.core.structure import LEAF, Tree
@@ -157,7 +157,7 @@ def lower(
     factorizer: str = DEFAULT,
     tables: bool = False,
     activations: str = "auto",
-    objective: str | Objective = Objective.LATENCY,
+    objective: str | Mix | Sequence[str] = Objective.LATENCY,
     codes: str | CodeStorage = CodeStorage.NESTED,
     cost_model: str | os.PathLike[str] | AbstractCostModel = "roofline",
     plan_seconds: float | None = None,
@@ -191,7 +191,8 @@ def lower(
             calibration data, so that int8 tensors flow between them; ``dynamic``, to the range of
             each image; ``auto``, static where the target's kernels can.
         objective: What the profiles are chosen to save: ``latency``, ``macs``, ``bytes`` (linear
-            layers take 4 bits) or ``energy`` (estimated). All profiles state all costs.
+            layers take 4 bits), ``energy`` (estimated), or several, ``latency+bytes`` or a list:
+            the mean of their shares of the dense network's. All profiles state all costs.
         codes: How dense linear layers of 8 and of 4 bits are stored: ``nested``, one array for both
             widths, or ``independent``, one for each: dense profiles lose no more than dense
             quantization to that width alone, and the file is larger.

@@ -41,6 +41,7 @@ from t3c.core.errors import (
 )
 from t3c.core.explain import Explanation, doubts, explain
 from t3c.core.manifest import Manifest
+from t3c.core.objective import parse_objective
 from t3c.core.structure import flatten
 from t3c.report import tables
 from t3c.runtime import transfer
@@ -193,8 +194,11 @@ def lower(
         typer.Option(help="How convolutions round inputs: fixed grids, or each image's range."),
     ] = "auto",
     objective: Annotated[
-        Literal["latency", "macs", "bytes", "energy"],
-        typer.Option(help="What profiles are chosen to save; energy is estimated."),
+        str,
+        typer.Option(
+            help="What profiles are chosen to save: latency, macs, bytes, energy (estimated), or "
+            "several, latency+bytes."
+        ),
     ] = "latency",
     codes: Annotated[
         Literal["nested", "independent"],
@@ -229,6 +233,7 @@ def lower(
     """Compile a model, with every budget, into an artifact folder."""
     with command(as_json, quiet, debug) as console:
         targets.get(target)  # a wrong name is told before torch is loaded
+        goal = parse_objective(objective)
         network, example, calibration = load_model(model)
         args, kwargs = example_inputs(inputs, shape) or arguments(example)
         api: Any = import_module("t3c.api")
@@ -244,7 +249,7 @@ def lower(
                 include=include or ("*",),
                 exclude=exclude or (),
                 activations=activations,
-                objective=objective,
+                objective=goal,
                 codes=codes,
                 table=table,
                 cost_model=cost_model,

@@ -285,6 +285,16 @@ def test_lower_takes_a_file_for_the_damage_table(api: list[Any], tmp_path: Path)
     assert api[0][1]["table"] == table
 
 
+def test_lower_takes_an_objective_or_several(api: list[Any], tmp_path: Path) -> None:
+    ask = ("lower", "some_models:net", "--out", tmp_path / "o", "--objective")
+    assert call(*ask, "bytes+latency").exit_code == 0
+    assert str(api[0][1]["objective"]) == "latency+bytes"
+    wrong = call(*ask, "latency+speed")
+    assert wrong.exit_code == 2
+    assert "allowed are 'latency', 'macs', 'bytes', 'energy'" in wrong.stderr
+    assert len(api) == 1
+
+
 def test_an_unknown_target_is_told_before_the_model_is_made(tmp_path: Path) -> None:
     done = call("lower", "no_such_module:net", "-t", "sparc", "--out", tmp_path / "o")
     assert done.exit_code == 6

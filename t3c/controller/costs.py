@@ -1,13 +1,13 @@
 """Costs of a site in a format, for every objective, and the energy of a whole profile."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from t3c.core.code_storage import CodeStorage
 from t3c.core.codes import GROUP
 from t3c.core.errors import TargetError
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
-from t3c.core.objective import Objective
+from t3c.core.objective import Goal, Mix, Objective
 from t3c.core.sites import LinearSite, Site
 from t3c.cost_models.energy import EnergyModel
 from t3c.targets.base import TargetSpec
@@ -16,11 +16,12 @@ ENERGY = EnergyModel()
 
 
 def site_costs(
-    objective: Objective,
+    objective: Goal,
     site: Site,
     menu: Sequence[Format],
     seconds: Sequence[float],
     codes: CodeStorage = CodeStorage.NESTED,
+    whole: Mapping[Objective, float] | None = None,
 ) -> list[float]:
     """Cost of a site in each format of its menu, in units of the objective.
 
@@ -30,8 +31,16 @@ def site_costs(
         menu: Its formats.
         seconds: Predicted time of each.
         codes: How dense codes of 8 and of 4 bits are stored, where the menu has both.
+        whole: Of a mix: what the dense network costs (`dense_costs`).
     """
     match objective:
+        case Mix(parts):
+            total = whole if whole is not None else {}
+            each = [
+                [cost / total[part] for cost in site_costs(part, site, menu, seconds, codes)]
+                for part in parts
+            ]
+            return [math.fsum(costs) / len(parts) for costs in zip(*each, strict=True)]
         case Objective.LATENCY:
             return list(seconds)
         case Objective.MACS:
@@ -43,21 +52,40 @@ def site_costs(
             return [ENERGY.site(site.macs(f), n) for f, n in zip(menu, sizes, strict=True)]
 
 
+def dense_costs(
+    objective: Goal, sites: Sequence[Site], seconds: Sequence[float]
+) -> dict[Objective, float]:
+    """Each part of an objective -> its cost of all sites in 8 bits.
+
+    Args:
+        objective: What counts.
+        sites: All of them.
+        seconds: Predicted time of each in 8 bits.
+    """
+    return {
+        part: math.fsum(
+            site_costs(part, site, [Dense(8)], [t])[0]
+            for site, t in zip(sites, seconds, strict=True)
+        )
+        for part in objective.parts
+    }
+
+
 def _sizes(site: Site, menu: Sequence[Format], codes: CodeStorage) -> list[int]:
     nested = codes is CodeStorage.NESTED and {Dense(8), Dense(4)} <= set(menu)
     return [storage_bytes(site, fmt, nested=nested) for fmt in menu]
 
 
-def check(objective: Objective, spec: TargetSpec) -> None:
+def check(objective: Goal, spec: TargetSpec) -> None:
     """Refuse an objective that a target has no formats for.
 
     Raises:
         TargetError: Bytes fall by 4-bit weights first, and the target has no such kernels.
     """
-    if objective is Objective.BYTES and not has_four_bits(spec):
+    if Objective.BYTES in objective.parts and not has_four_bits(spec):
         raise TargetError(
-            f"objective 'bytes' needs kernels of 4-bit weights, and target {spec.name!r} has none; "
-            "use 'latency', 'macs' or 'energy' there"
+            f"objective {str(objective)!r} needs kernels of 4-bit weights, and target "
+            f"{spec.name!r} has none; use 'latency', 'macs' or 'energy' there"
         )
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from t3c.controller.costs import site_costs
+from t3c.controller.costs import dense_costs, site_costs
 from t3c.core.code_storage import CodeStorage
 from t3c.core.formats import CP, Dense, Format, LowRank, Tucker2
 from t3c.core.gate import GateRow
-from t3c.core.objective import Objective
+from t3c.core.objective import Goal, Objective
 from t3c.core.sites import ConvSite, LinearSite, Site
 from t3c.cost_models.base import AbstractCostModel, Row
 
@@ -80,7 +80,7 @@ def gate(
     cp: Mapping[str, int] | None = None,
     codes: bool = False,
     four: bool = False,
-    objective: Objective = Objective.LATENCY,
+    objective: Goal = Objective.LATENCY,
     stored: CodeStorage = CodeStorage.NESTED,
 ) -> tuple[GateRow, ...]:
     """Every format of every site with its time and cost; kept where it costs less than dense.
@@ -100,8 +100,10 @@ def gate(
         stored: How dense codes of 8 and of 4 bits are stored.
     """
     rows: list[GateRow] = []
+    eight = model.predict([Row(site, Dense(8), threads, codes) for site in sites.values()])
+    whole = dense_costs(objective, list(sites.values()), eight)
     for name, site in sites.items():
-        prices = partial(site_costs, objective, site, codes=stored)
+        prices = partial(site_costs, objective, site, codes=stored, whole=whole)
         thin = four and isinstance(site, LinearSite) and _halves(site, model, threads, prices)
         menu = formats(site, step, shares, cp=(cp or {}).get(name, 0), four=thin)
         times = model.predict([Row(site, fmt, threads, codes) for fmt in menu])

@@ -35,7 +35,7 @@ from t3c.core.code_storage import CodeStorage
 from t3c.core.errors import TargetError
 from t3c.core.formats import CP, Dense, Format
 from t3c.core.gate import GateRow
-from t3c.core.objective import Objective
+from t3c.core.objective import Goal, Objective
 from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.sites import LinearSite, Site
 from t3c.cost_models import AbstractCostModel, cost_model
@@ -77,7 +77,7 @@ class Plan:
     notes: tuple[str, ...]
     sites: Mapping[str, Site]
     fixed: "Fixed"
-    objective: Objective = Objective.LATENCY
+    objective: Goal = Objective.LATENCY
     codes: CodeStorage = CodeStorage.NESTED
 
     def judged(self, verdicts: Verdicts) -> "Plan":
@@ -128,7 +128,7 @@ def plan(
     threads: int = 1,
     model: AbstractCostModel | None = None,
     static: bool | None = None,
-    objective: Objective = Objective.LATENCY,
+    objective: Goal = Objective.LATENCY,
     codes: CodeStorage = CodeStorage.NESTED,
     table: Path | None = None,
     swaps: int = 0,
@@ -294,7 +294,7 @@ def _chain(
     gate: Sequence[GateRow],
     sites: Mapping[str, Site],
     fixed: "Fixed",
-    objective: Objective = Objective.LATENCY,
+    objective: Goal = Objective.LATENCY,
 ) -> dict[str, Any]:
     """Profiles with their names, and their predicted drift."""
     names = profile_names(len(plans))
@@ -302,7 +302,7 @@ def _chain(
         _profile(name, sites, p.formats, _timing(sites, p.formats, gate, fixed), fixed)
         for name, p in zip(names, plans, strict=True)
     ]
-    if objective is Objective.ENERGY:
+    if Objective.ENERGY in objective.parts:
         made = [replace(p, energy=_energy(p, sites, fixed)) for p in made]
     drift = {name: p.drift for name, p in zip(names, plans, strict=True)}
     return {"chain": ProfileChain(tuple(made)), "drift": drift}
@@ -357,7 +357,7 @@ def menu_of(
     threads: int = 1,
     *,
     codes: bool = False,
-    objective: Objective = Objective.LATENCY,
+    objective: Goal = Objective.LATENCY,
     stored: CodeStorage = CodeStorage.NESTED,
 ) -> tuple[GateRow, ...]:
     """The coarse menu, or every rank where the coarse one is too small for that many profiles."""

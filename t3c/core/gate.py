@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from t3c.core.formats import Dense, Format
-from t3c.core.objective import Objective
+from t3c.core.objective import Goal, Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class GateRow:
     cost: float
     dense_cost: float
     measured: Measured | None = None
-    objective: Objective = Objective.LATENCY
+    objective: Goal = Objective.LATENCY
 
     @property
     def kept(self) -> bool:

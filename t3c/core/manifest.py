@@ -36,7 +36,7 @@ from t3c.core.errors import ArtifactError
 from t3c.core.fields import Fields
 from t3c.core.formats import parse_format
 from t3c.core.gate import GateRow, Measured
-from t3c.core.objective import Objective, parse_objective
+from t3c.core.objective import Goal, Objective, parse_objective
 from t3c.core.per_input import PerInput
 from t3c.core.profile import Energy, Label, Profile, ProfileChain, Timing
 from t3c.core.report import ConversionReport, Outcome, Row
@@ -202,7 +202,7 @@ class Manifest:
     versions: Mapping[str, str]
     report: ConversionReport = field(default_factory=ConversionReport)
     gate: tuple[GateRow, ...] = ()
-    objective: Objective = Objective.LATENCY
+    objective: Goal = Objective.LATENCY
     codes: CodeStorage = CodeStorage.NESTED
     assumptions: tuple[str, ...] = ()
     calibration_sha256: str | None = None
@@ -667,7 +667,7 @@ def _gate_from_json(f: Fields) -> GateRow:
     )
 
 
-def _objective(f: Fields) -> Objective:
+def _objective(f: Fields) -> Goal:
     """The objective; latency in files from before there were others."""
     found = f.optional("objective", f.text)
     return Objective.LATENCY if found is None else parse_objective(found)

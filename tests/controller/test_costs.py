@@ -15,10 +15,11 @@ from t3c.core.code_storage import CodeStorage
 from t3c.core.errors import TargetError
 from t3c.core.formats import Dense, Format, LowRank, at_most
 from t3c.core.gate import GateRow, Measured
-from t3c.core.objective import Objective
+from t3c.core.objective import Goal, Mix, Objective
 from t3c.core.profile import Label
 from t3c.core.sites import LinearSite, Site
 from t3c.cost_models import cost_model
+from t3c.cost_models.base import Row
 from t3c.targets import get
 from t3c.targets.base import Roofline
 from t3c.targets.x86 import VNNI
@@ -30,7 +31,7 @@ SITES: dict[str, Site] = {
 }
 
 
-def rows_of(objective: Objective) -> dict[str, list[GateRow]]:
+def rows_of(objective: Goal) -> dict[str, list[GateRow]]:
     rows = gate(SITES, 16, cost_model(VNNI), four=True, objective=objective)
     return {name: [row for row in rows if row.site == name] for name in SITES}
 
@@ -53,8 +54,26 @@ def test_costs_are_counted_in_the_units_of_the_objective() -> None:
     assert energy[0] == pytest.approx(macs[0] * 0.3e-12 + sizes[0] * 162.5e-12)
 
 
-@pytest.mark.parametrize("objective", list(Objective))
-def test_menus_are_nested_and_keep_what_costs_less(objective: Objective) -> None:
+BOTH = Mix((Objective.LATENCY, Objective.BYTES))
+
+
+def test_a_mix_is_the_mean_of_shares_of_the_dense_network() -> None:
+    seconds = {n: cost_model(VNNI).predict([Row(x, Dense(8))])[0] for n, x in SITES.items()}
+    whole = {
+        Objective.LATENCY: sum(seconds.values()),
+        Objective.BYTES: sum(storage_bytes(site, Dense(8)) for site in SITES.values()),
+    }
+    for name, rows in rows_of(BOTH).items():
+        sizes = site_costs(Objective.BYTES, SITES[name], [row.format for row in rows], [])
+        for row, size in zip(rows, sizes, strict=True):
+            shares = row.predicted_s / whole[Objective.LATENCY], size / whole[Objective.BYTES]
+            assert row.cost == pytest.approx(sum(shares) / 2)
+    dense = sum(rows[0].cost for rows in rows_of(BOTH).values())
+    assert dense == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("objective", [*Objective, BOTH])
+def test_menus_are_nested_and_keep_what_costs_less(objective: Goal) -> None:
     for rows in rows_of(objective).values():
         assert all(at_most(b.format, a.format) for a, b in itertools.pairwise(rows))
         least = min(row.cost for row in rows if isinstance(row.format, Dense))
@@ -94,6 +113,8 @@ def test_bytes_are_refused_where_there_are_no_four_bit_kernels() -> None:
     spec = get("cuda")
     with pytest.raises(TargetError, match="'bytes' needs kernels of 4-bit weights, and target 'cu"):
         check(Objective.BYTES, spec)
+    with pytest.raises(TargetError, match=r"'latency\+bytes' needs kernels"):
+        check(BOTH, spec)
     for objective in (Objective.LATENCY, Objective.MACS, Objective.ENERGY):
         check(objective, spec)
     model = mlp()
@@ -101,11 +122,19 @@ def test_bytes_are_refused_where_there_are_no_four_bit_kernels() -> None:
         plan(model, [model.example_inputs], spec, objective=Objective.BYTES)
 
 
-@pytest.mark.parametrize("objective", [Objective.MACS, Objective.BYTES, Objective.ENERGY])
-def test_every_step_of_a_chain_saves_what_was_asked_for(objective: Objective) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective.MACS,
+        Objective.BYTES,
+        Objective.ENERGY,
+        Mix((Objective.LATENCY, Objective.BYTES, Objective.ENERGY)),
+    ],
+)
+def test_every_step_of_a_chain_saves_what_was_asked_for(objective: Goal) -> None:
     model = block()
     found = plan(model, more(model, 2), VNNI, profiles=4, seconds=math.inf, objective=objective)
-    assert found.objective is objective
+    assert found.objective == objective
     costs = {(row.site, row.format): row.cost for row in found.gate}
     chain = [math.fsum(costs[item] for item in p.formats.items()) for p in found.chain]
     assert len(chain) == 4
@@ -113,7 +142,7 @@ def test_every_step_of_a_chain_saves_what_was_asked_for(objective: Objective) ->
     assert all(fmt == Dense(8) for fmt in found.chain.profiles[-1].formats.values())
     for profile in found.chain:
         assert profile.latency is not None
-        assert (profile.energy is not None) == (objective is Objective.ENERGY)
+        assert (profile.energy is not None) == (Objective.ENERGY in objective.parts)
         if profile.energy is not None:
             assert profile.energy.label is Label.ESTIMATED
             assert profile.energy.joules > 0

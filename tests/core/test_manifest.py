@@ -39,7 +39,7 @@ from t3c.core.manifest import (
     TargetInfo,
     TensorSpec,
 )
-from t3c.core.objective import Objective
+from t3c.core.objective import Mix, Objective
 from t3c.core.per_input import PerInput
 from t3c.core.profile import Energy, Label, Profile, Timing
 from t3c.core.report import ConversionReport, Row
@@ -132,6 +132,9 @@ def test_gates_come_back_with_their_objective_and_older_ones_are_about_time() ->
     older = Manifest.from_json(data)
     assert older.objective is Objective.LATENCY
     assert older.gate == (GateRow("fc", LowRank(8), 1.0, 2.0, 1.0, 2.0),)
+    data["objective"] = "latency+bytes"
+    assert Manifest.from_json(data).objective == Mix((Objective.LATENCY, Objective.BYTES))
+    assert Manifest.from_json(data).to_json()["objective"] == "latency+bytes"
     data["objective"] = "speed"
     with pytest.raises(ArtifactError, match="objective is 'speed'; allowed are"):
         Manifest.from_json(data)
