@@ -9,9 +9,10 @@ int8 with a scale per row, int4 in groups of 64, each rounded to nearest and wit
 Drift is the mean L2 distance of unit embeddings to float32, on docstrings of the standard library
 that nothing else used; agree is how often a first half finds the same second half as in float32.
 Weights and activations of linear layers are integers, multiplied in torch exactly as the kernels do
-it (`t3c.lower` proves that). In plans for bytes dense codes of 8 bits contain those of 4, as in an
-artifact; the baselines are rounded for themselves. Embedding tables, norms and attention are
-float32 everywhere and count nowhere.
+it (`t3c.lower` proves that). Plans for bytes come twice: with nested codes, those of 8 bits
+containing those of 4, and with an array for each width (`t3c.lower(..., codes="independent")`);
+each is compared with every baseline of its size and with the best one that fits into its bytes.
+Embedding tables, norms and attention are float32 everywhere and count nowhere.
 """
 
 import argparse
@@ -32,8 +33,9 @@ from t3c.api import elasticize
 from t3c.controller import chain
 from t3c.controller.calibrate import collect, factorize, round_weights
 from t3c.controller.costs import storage_bytes
-from t3c.controller.damage import measure
+from t3c.controller.damage import DamageTable, Entry, Menu, measure
 from t3c.controller.plan import largest, menu_of, options_of
+from t3c.core.code_storage import CodeStorage
 from t3c.core.formats import Dense, Format, LowRank
 from t3c.core.gate import GateRow
 from t3c.core.objective import Objective
@@ -128,9 +130,9 @@ class Judge:
         elastic: ElasticModel,
         formats: Mapping[str, Format],
         predicted: float | None = None,
-        nested: bool = False,
+        codes: CodeStorage = CodeStorage.INDEPENDENT,
     ) -> Point:
-        """The point of a plan; `nested` where codes of 8 bits contain those of 4."""
+        """The point of a plan."""
         found = self.embed(elastic, formats)
         drift = (found - self.reference).norm(dim=1)
         self.drifts[name] = drift
@@ -138,7 +140,7 @@ class Judge:
         point = Point(
             name,
             macs_of(elastic, formats) / self.full,
-            bytes_of(elastic, formats, nested) / 1e6,
+            bytes_of(elastic, formats, codes) / 1e6,
             float(drift.mean()),
             _error(_pairs(drift)),
             float(agree.mean()),
@@ -196,30 +198,28 @@ def run(pairs: int, tables: Path | None, parts: Sequence[str]) -> dict[str, Any]
     whole = {bits: dict.fromkeys(plain.sites, Dense(bits)) for bits in (8, 4)}
     nearest = [judge(f"dense int{b}, nearest", plain, whole[b]) for b in (8, 4)]
     spec = get(TARGET)
-    gates = {
+    rows = {
         objective: menu_of(elastic, spec, cost_model(spec), PROFILES, objective=objective)
         for objective in (Objective.MACS, Objective.BYTES)
     }
-    menus = {objective: menu(rows) for objective, rows in gates.items()}
+    menus = {objective: menu(part) for objective, part in rows.items()}
     both = {name: [f for m in menus.values() for f in m[name]] for name in elastic.sites}
     seen = collect(elastic, calibration)
     factorize(elastic, seen, most=largest(both))
 
-    def path(objective: Objective) -> list[chain.Plan]:
-        """Codes, damage table and path of an objective; the codes stay."""
-        round_weights(elastic, seen, menus[objective])
-        table = None if tables is None else tables / f"{objective}.table"
-        damage = measure(elastic, unseen, menus[objective], workers=WORKERS, table=table)
-        options = options_of(gates[objective], damage)
-        return chain.path(options, dense_first=objective is Objective.BYTES)
+    def measured(menu: Menu, name: str) -> DamageTable:
+        table = None if tables is None else tables / f"{name}.table"
+        return measure(elastic, unseen, menu, workers=WORKERS, table=table)
 
     found: dict[str, Any] = {}
     round_weights(elastic, seen, {name: [Dense(8)] for name in elastic.sites})
     top = judge("dense int8, error feedback", elastic, whole[8])
     if "macs" in parts:
-        steps = path(Objective.MACS)
+        round_weights(elastic, seen, menus[Objective.MACS])
+        damage = measured(menus[Objective.MACS], "macs")
+        steps = chain.path(options_of(rows[Objective.MACS], damage))
         limits = [share * steps[0].cost for share in SHARES]
-        points = ours(judge, elastic, steps, "macs", limits)
+        points = ours(judge, elastic, steps, "macs", limits, CodeStorage.INDEPENDENT)
         uniform = judge("low rank, half everywhere", elastic, halved(elastic))
         found |= {"macs": [asdict(p) for p in (top, *points)], "uniform": asdict(uniform)}
         found["wanted"] = [wanted(points, *pair) for pair in WANTED.items()]
@@ -227,13 +227,26 @@ def run(pairs: int, tables: Path | None, parts: Sequence[str]) -> dict[str, Any]
         round_weights(elastic, seen, {name: [Dense(4)] for name in elastic.sites})
         bottom = judge("dense int4, error feedback", elastic, whole[4])
         dense = (*nearest, top, bottom)
-        steps = path(Objective.BYTES)
-        sizes = {top.megabytes, bottom.megabytes, *(share * top.megabytes for share in SIZES)}
-        limits = [1e6 * size for size in sorted(sizes, reverse=True)]
-        points = ours(judge, elastic, steps, "bytes", limits)
-        equal = [(next(p for p in points if p.megabytes <= d.megabytes), d) for d in dense]
-        found |= {"bytes": [asdict(p) for p in points], "dense": [asdict(p) for p in dense]}
-        found["equal_bytes"] = [judge.versus(*pair) for pair in equal]
+        found |= {"dense": [asdict(p) for p in dense], "bytes": {}}
+        found |= {"equal_bytes": {}, "best_dense_that_fits": {}}
+        entries: dict[str, dict[Format, Entry]] = {name: {} for name in elastic.sites}
+        for codes in CodeStorage:
+            # as `plan` does: nested codes of 4 bits make up for those before them
+            again = calibration if codes is CodeStorage.NESTED else ()
+            round_weights(elastic, seen, menus[Objective.BYTES], batches=again, stored=codes)
+            # the second time only dense codes are others: entries of factors are those of before
+            part = {
+                n: [f for f in row if isinstance(f, Dense) or f not in entries[n]]
+                for n, row in menus[Objective.BYTES].items()
+            }
+            damage = measured(part, f"bytes-{codes}")
+            entries = {n: {**row, **damage.entries[n]} for n, row in entries.items()}
+            priced = menu_of(
+                elastic, spec, cost_model(spec), PROFILES, objective=Objective.BYTES, stored=codes
+            )
+            options = options_of(priced, DamageTable(entries, damage.seconds))
+            for name, value in for_bytes(judge, elastic, options, codes, dense).items():
+                found[name][codes] = value
     made = {
         "machine": describe(),
         "held_out_texts": sum(len(ids) for ids, _ in judge.batches),
@@ -246,11 +259,39 @@ def run(pairs: int, tables: Path | None, parts: Sequence[str]) -> dict[str, Any]
     return {"model": model} | {f"run of {part}": made for part in parts} | found
 
 
+def for_bytes(
+    judge: Judge,
+    elastic: ElasticModel,
+    options: chain.Options,
+    codes: CodeStorage,
+    dense: Sequence[Point],
+) -> dict[str, Any]:
+    """The chain for bytes, beside what is dense: at its bytes, and the best within ours."""
+    sizes = {d.megabytes for d in dense}
+    top = max(sizes)
+    sizes |= {share * top for share in SIZES}
+    steps = chain.path(options, dense_first=True)
+    limits = [1e6 * size for size in sorted(sizes, reverse=True)]
+    points = ours(judge, elastic, steps, f"{codes}, bytes", limits, codes)
+    equal = [(next(p for p in points if p.megabytes <= d.megabytes), d) for d in dense]
+    fits = [(p, best(p, dense)) for p in points if p.megabytes >= min(d.megabytes for d in dense)]
+    return {
+        "bytes": [asdict(p) for p in points],
+        "equal_bytes": [judge.versus(*pair) for pair in equal],
+        "best_dense_that_fits": [judge.versus(*pair) for pair in fits],
+    }
+
+
 def wanted(points: Sequence[Point], share: float, limit: float) -> dict[str, Any]:
     """Whether the first plan at or below a share of the multiply-adds drifts little enough."""
     point = next(p for p in points if p.macs_share <= share)
     met = point.drift <= limit
     return {"macs_share": share, "at_most": limit, "drift": point.drift, "met": met}
+
+
+def best(point: Point, dense: Sequence[Point]) -> Point:
+    """The dense network that drifts least of those that take no more bytes."""
+    return min((d for d in dense if d.megabytes <= point.megabytes), key=lambda d: d.drift)
 
 
 def menu(rows: Sequence[GateRow]) -> dict[str, list[Format]]:
@@ -268,13 +309,14 @@ def ours(
     path: Sequence[chain.Plan],
     what: str,
     limits: Sequence[float],
+    codes: CodeStorage,
 ) -> list[Point]:
     """The first plan of the path at or below each cost."""
     points = []
     for limit in limits:
         chosen = next((p for p in path if p.cost <= limit * (1 + 1e-9)), path[-1])
         name = f"ours, {what} {chosen.cost / path[0].cost:.3f}"
-        points.append(judge(name, elastic, chosen.formats, chosen.drift, what == "bytes"))
+        points.append(judge(name, elastic, chosen.formats, chosen.drift, codes))
     return points
 
 
@@ -308,9 +350,9 @@ def macs_of(elastic: ElasticModel, formats: Mapping[str, Format]) -> int:
     return sum(site.macs(formats[name]) for name, site in elastic.sites.items())
 
 
-def bytes_of(elastic: ElasticModel, formats: Mapping[str, Format], nested: bool) -> int:
+def bytes_of(elastic: ElasticModel, formats: Mapping[str, Format], codes: CodeStorage) -> int:
     """Bytes of the linear layers."""
-    sites = elastic.sites.items()
+    sites, nested = elastic.sites.items(), codes is CodeStorage.NESTED
     return sum(storage_bytes(site, formats[name], nested=nested) for name, site in sites)
 
 
@@ -336,15 +378,19 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
 
     figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharey=True)
-    for plot, key, of, label in (
-        (panels[0], "macs", "macs_share", "multiply-adds of linear layers / dense"),
-        (panels[1], "bytes", "megabytes", "linear layers, MB"),
-    ):
-        rows = result[key]
+    curves = (
+        (panels[0], "macs_share", "ours", result["macs"]),
+        *((panels[1], "megabytes", f"ours, {name}", x) for name, x in result["bytes"].items()),
+    )
+    for plot, of, label, rows in curves:
         bars = {"yerr": [1.96 * r["drift_se"] for r in rows], "capsize": 2}
         plot.errorbar(
-            [r[of] for r in rows], [r["drift"] for r in rows], fmt="o-", label="ours", **bars
+            [r[of] for r in rows], [r["drift"] for r in rows], fmt="o-", label=label, **bars
         )
+    for plot, of, label in (
+        (panels[0], "macs_share", "multiply-adds of linear layers / dense"),
+        (panels[1], "megabytes", "linear layers, MB"),
+    ):
         for row, marker in zip(result["dense"], "sD^v", strict=True):
             plot.plot(row[of], row["drift"], marker, color="0.4", label=row["name"])
         plot.set(xlabel=label)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -36,6 +36,10 @@ REFERENCES = (0.75, 0.5, 0.25)
 """Shares of the multiply-adds of the copies behind which `saes-svd` fits its factors, all alike:
 its ranks serve many profiles. Source: benchmarks/factorizers.py."""
 
+MADE_UP = 0.25
+"""How much a dense 4-bit layer makes up for 4-bit layers before it, as a share of what were best
+if all were of 4 bits. MiniLM, nested codes, drift of chains for bytes at 8.6, 7.35 and 5.72
+MB (4 bits everywhere): nothing .0929, .1156 and .1780, a quarter .0929, .1141 and .1494."""
 OUTPUT_DAMPING = 0.03
 """Added to the diagonal of the gradients' second moment, as a share of its mean.
 
@@ -251,6 +255,7 @@ def round_weights(
     progress: Progress = silent,
     *,
     batches: Sequence[Batch] = (),
+    share: float = MADE_UP,
     stored: CodeStorage = CodeStorage.NESTED,
 ) -> None:
     """Choose codes with error feedback for everything that linear layers may run on.
@@ -267,6 +272,7 @@ def round_weights(
         menu: Site name -> formats.
         progress: Told after every site.
         batches: Flat inputs behind the moments; none: nothing is chosen again.
+        share: How much of those errors 4-bit codes make up for, 0 to 1.
         stored: How dense codes of 8 and of 4 bits are stored, where the menu has both.
     """
     names = [n for n in menu if n in moments and isinstance(elastic.sites[n], LinearSite)]
@@ -297,7 +303,7 @@ def round_weights(
     progress("rounding weights", len(names), len(names))
     if batches and (four := [n for n in names if Dense(4) in menu[n]]):
         nested = {n for n in four if _nests(menu[n], stored)}
-        _round_again(elastic, moments, nested, four, batches, progress)
+        _round_again(elastic, moments, nested, four, batches, share, progress)
 
 
 def _nests(menu: Sequence[Format], stored: CodeStorage) -> bool:
@@ -311,16 +317,18 @@ def _round_again(
     nested: Collection[str],
     names: Sequence[str],
     batches: Sequence[Batch],
+    share: float,
     progress: Progress,
 ) -> None:
     """4-bit codes of weights that fit inputs behind 4-bit layers."""
+    factorizer = replace(SAES_SVD, share=share)
 
     def renew(name: str, pair: Pair) -> None:
         if torch.equal(pair.total, pair.cross):
             return
         layer, moment = elastic.layers[name], moments[name].mean()
         mean = Moment(pair.total, None, pair.rows).mean()
-        aim = SAES_SVD.aimed(layer.weight, mean, mean + (pair.cross - pair.total) / pair.rows)
+        aim = factorizer.aimed(layer.weight, mean, mean + (pair.cross - pair.total) / pair.rows)
         if name in nested:
             layer.set_nested(round_nested(layer.weight, moment, aim))
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 from t3c.codegen.families import families_of
 from t3c.controller import chain as search
 from t3c.controller.calibrate import (
+    Moment,
     collect,
     factorize,
     kind_of,
@@ -197,10 +198,17 @@ def plan(
     # A table that is gone on with needs the same codes again, to the bit: no clock, one thread.
     looking, same = (limit / 8, nullcontext) if table is None else (None, one_thread_each)
     wanted = {*most, *(n for n, site in elastic.sites.items() if isinstance(site, LinearSite))}
+
+    def rounded(moments: Mapping[str, Moment], data: Sequence[tuple[Tensor, ...]]) -> None:
+        again = objective is Objective.BYTES and codes is CodeStorage.NESTED
+        with same():
+            made_up = data if again else ()
+            round_weights(elastic, moments, menu, progress, batches=made_up, stored=codes)
+
     with same():
         seen = collect(elastic, fit, sites=wanted, seconds=looking, progress=progress)
         plain = factorize(elastic, seen, progress, most=most, batches=fit)
-    round_weights(elastic, seen, menu, progress, stored=codes)
+    rounded(seen, fit)
     if static:
         with same():
             elastic.set_grids(fit_grids(elastic, fit, bits))
@@ -214,7 +222,7 @@ def plan(
         both = {name: moment + unseen[name] for name, moment in seen.items()}
         again = {n: most[n] for n in both if n in most}
         factorize(elastic, both, progress, most=again, batches=batches)
-        round_weights(elastic, both, menu, progress, stored=codes)
+        rounded(both, batches)
         if static:
             elastic.set_grids(fit_grids(elastic, batches, bits))
     options = options_of(decisions, damages)

@@ -2,17 +2,28 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from t3c.controller.calibrate import REFERENCES, collect, factorize, reference, round_weights
+from t3c.controller.calibrate import (
+    MADE_UP,
+    REFERENCES,
+    collect,
+    factorize,
+    reference,
+    round_weights,
+)
 from t3c.controller.compensate import Pair, walk
 from t3c.controller.plan import plan
 from t3c.core.code_storage import CodeStorage
 from t3c.core.formats import Dense, Format, LowRank
+from t3c.core.objective import Objective
 from t3c.elastic.model import ElasticModel
+from t3c.elastic.rounding import round_groups, round_nested
 from t3c.targets import get
 from tests.controller import models
 
@@ -130,22 +141,24 @@ def test_rows_that_do_not_count_enter_no_moment() -> None:
 
 
 def in_four_bits(
-    menu: Sequence[Format], again: bool, stored: CodeStorage = CodeStorage.NESTED
+    menu: Sequence[Format], share: float, stored: CodeStorage = CodeStorage.NESTED
 ) -> ElasticModel:
     model = models.block()
     batches = models.more(model, ROWS)
     formats = dict.fromkeys(model.sites, menu)
     seen = collect(model, batches)
-    round_weights(model, seen, formats, batches=batches if again else (), stored=stored)
+    made_up: dict[str, Any] = {"batches": batches, "share": share} if share else {}
+    round_weights(model, seen, formats, **made_up, stored=stored)
     return model
 
 
 @pytest.mark.parametrize("menu", [[Dense(4)], [Dense(8), Dense(4)]], ids=["alone", "nested"])
 def test_four_bits_make_up_for_four_bits_before_them(menu: list[Format]) -> None:
-    plain, aimed = (in_four_bits(menu, again) for again in (False, True))
+    plain, some, aimed = (in_four_bits(menu, share) for share in (0, MADE_UP, 0.5))
     four: dict[str, Format] = dict.fromkeys(plain.sites, Dense(4))
     for site in ("o", "down"):
         assert off(aimed, four, site) < 0.85 * off(plain, four, site)
+        assert off(aimed, four, site) < off(some, four, site) < 0.9 * off(plain, four, site)
     for site in ("q", "k", "v"):  # nothing before them errs
         codes = [m.layers[site].codes_of("weight", 4) for m in (plain, aimed)]
         assert all(torch.equal(one, two) for one, two in zip(*codes, strict=True))
@@ -157,12 +170,27 @@ def test_four_bits_make_up_for_four_bits_before_them(menu: list[Format]) -> None
 
 def test_eight_bits_stored_apart_know_nothing_of_what_four_bits_make_up_for() -> None:
     both = [Dense(8), Dense(4)]
-    alone = in_four_bits([Dense(4)], True)
-    plain, aimed = (in_four_bits(both, x, CodeStorage.INDEPENDENT) for x in (False, True))
+    alone = in_four_bits([Dense(4)], 0.5)
+    plain, aimed = (in_four_bits(both, x, CodeStorage.INDEPENDENT) for x in (0, 0.5))
     for site in plain.sites:
         for bits, other in ((8, plain), (4, alone)):
             codes = [m.layers[site].codes_of("weight", bits) for m in (aimed, other)]
             assert all(torch.equal(one, two) for one, two in zip(*codes, strict=True))
+
+
+@pytest.mark.parametrize("codes", list(CodeStorage))
+def test_in_chains_for_bytes_nested_codes_make_up_for_each_other(codes: CodeStorage) -> None:
+    model = models.mlp()
+    batches = models.more(model, 4)
+    options: dict[str, Any] = {"profiles": 2, "seconds": 0.5, "codes": codes}
+    plan(model, batches, get("x86-vnni"), objective=Objective.BYTES, **options)
+    fit, held = (collect(model, part) for part in (batches[::2], batches[1::2]))
+    layer, moment = model.layers["fc2"], (fit["fc2"] + held["fc2"]).mean()
+    nested = round_nested(layer.weight, moment).coarse.q
+    apart = round_groups(layer.weight, moment, search=True).q
+    alone = nested if codes is CodeStorage.NESTED else apart
+    same = np.array_equal(model.layers["fc2"].codes_of("weight", 4)[0].numpy(), alone)
+    assert same is (codes is CodeStorage.INDEPENDENT)
 
 
 def test_the_planner_gives_its_batches_to_factorizers_that_need_them() -> None:
