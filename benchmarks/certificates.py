@@ -5,9 +5,10 @@
 Proxies: Pearson correlation with the mean observed drift ||dz||_2 over all plans (torch, rounding
 as the kernels do), with the interval of Fisher's z; drift is seen on inputs that nothing else used.
 Bounds: drifts of the compiled library on `--scores` inputs, split at random many times into a half
-that gives the bound and one that tests it. Shifted: bounds from one kind of data, tested on
-another. Texts: the standard library's docstrings, then other packages'. Glyphs: test fonts, then
-the same with noise, slanted, and the validation fonts.
+that gives the bound and one that tests it. Bounds for each input are taught by half of the half
+that gives them, or, where there is such data, by all training images. Shifted: bounds from one kind
+of data, tested on another. Texts: the standard library's docstrings, then other packages'. Glyphs:
+test fonts, then the same with noise, slanted, and the validation fonts.
 """
 
 import argparse
@@ -48,6 +49,8 @@ class Case:
         held: Calls that drift is seen on, for the proxies.
         scores: Calls for the bounds, in an order that was drawn.
         shifted: Name -> calls of another kind.
+        teaching: Calls of yet other data, that teach what outputs say of drift; none: half of the
+            scores do.
         gains: How many calibration calls the proxies see.
         dense: Layers that stay dense in a second count of the proxies.
     """
@@ -60,6 +63,7 @@ class Case:
     shifted: Mapping[str, Sequence[Any]]
     gains: int
     dense: tuple[str, ...] = ()
+    teaching: Sequence[Any] = ()
 
 
 def main() -> None:
@@ -133,6 +137,7 @@ def glyphs(held: int, scores: int) -> Case:
         {"noise": noisy, "slanted": slanted, "validation fonts": fonts},
         3,
         ("head",),
+        calls(data.train, len(data.train[1])),
     )
 
 
@@ -295,6 +300,7 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
     whole = library_scores(session, case.model, case.scores)
     scores = whole.original
     others = {n: library_scores(session, case.model, c) for n, c in case.shifted.items()}
+    taught = library_scores(session, case.model, case.teaching) if case.teaching else None
     shifted = {n: other.original for n, other in others.items()}
     random = np.random.default_rng(0)
     rows = []
@@ -314,7 +320,7 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
             {
                 "profile": name,
                 "coverage": {str(v): float(np.mean(cover[v])) for v in LEVELS},
-                "inside_binomial": {str(v): _inside(cover[v], v, half) for v in LEVELS},
+                "inside_binomial": {str(v): _inside(cover[v], v, half, half) for v in LEVELS},
                 "median_bound_over_observed": float(np.median(ratios)),
                 "shifted_coverage": {
                     kind: {
@@ -324,60 +330,90 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
                     for kind, other in shifted.items()
                 },
                 "per_input": single(whole, others, name, random),
+                "per_input_taught": taught and single(whole, others, name, random, taught),
+                "per_input_taught_on": taught
+                and {
+                    kind: single(other, {}, name, random, taught) for kind, other in others.items()
+                },
             }
         )
     first = next(iter(scores))
     return {
         "inputs": len(scores[first]),
+        "teaching_inputs": len(taught.digests) if taught else 0,
         "shifted_inputs": {kind: len(other[first]) for kind, other in shifted.items()},
         "splits": SPLITS,
         "profiles": rows,
     }
 
 
-def single(whole: Any, others: Mapping[str, Any], name: str, random: Any) -> dict[str, Any]:
-    """The same of bounds for each input: coverage, bound over drift, other data."""
+def single(
+    whole: Any, others: Mapping[str, Any], name: str, random: Any, taught: Any = None
+) -> dict[str, Any]:
+    """The same of bounds for each input: coverage, bound over drift, other data.
+
+    Args:
+        whole: Inputs, half of which give the bound, and half test it.
+        others: Kind -> inputs of another kind, that test the bound from all of `whole`.
+        name: The profile.
+        random: Draws the halves.
+        taught: Inputs that teach; None: half of the half that gives the bound.
+    """
     import numpy as np
 
+    from t3c.certificate.calibrated import conformal_bound
     from t3c.certificate.scaled import per_input
+    from t3c.core.per_input import widened
 
     seen, drift = whole.features[name], whole.original[name]
+    scores = whole.classes is not None
+    other = None if taught is None else (taught.features[name], taught.original[name])
+    made = per_input(seen, drift, LEVELS, scores=scores, taught=other)
+    wide = widened(seen, made.directions) if scores else seen
+    predicted = made.predicted(wide)
     half = len(drift) // 2
     cover: dict[float, list[float]] = {level: [] for level in LEVELS}
     ratios = []
     for _ in range(SINGLE_SPLITS):
         order = random.permutation(len(drift))
         fit, test = order[:half], order[half:]
-        made = per_input(seen[fit], drift[fit], LEVELS)
-        predicted = made.predicted(seen[test])
-        for level, factor in zip(LEVELS, made.factors, strict=True):
-            cover[level].append(float((drift[test] <= factor * predicted).mean()))
-        ratios.append(float(np.median(made.factors[0] * predicted / drift[test])))
-    made = per_input(seen, drift, LEVELS)
+        if taught is None:
+            one = per_input(seen[fit], drift[fit], LEVELS, scores=scores)
+            factors, expected = one.factors, one.predicted(wide[test])
+        else:  # the same weights, whichever inputs give the factors
+            factors = [conformal_bound(drift[fit] / predicted[fit], level) for level in LEVELS]
+            expected = predicted[test]
+        for level, factor in zip(LEVELS, factors, strict=True):
+            cover[level].append(float((drift[test] <= factor * expected).mean()))
+        ratios.append(float(np.median(factors[0] * expected / drift[test])))
+
+    def covered(other: Any) -> dict[str, float]:
+        x = other.features[name]
+        expected = made.predicted(widened(x, made.directions) if scores else x)
+        return {
+            str(v): float((other.original[name] <= f * expected).mean())
+            for v, f in zip(LEVELS, made.factors, strict=True)
+        }
+
     return {
         "splits": SINGLE_SPLITS,
         "coverage": {str(v): float(np.mean(cover[v])) for v in LEVELS},
-        "median_bound_over_observed": float(np.median(ratios)),
-        "shifted_coverage": {
-            kind: {
-                str(v): float(
-                    (other.original[name] <= f * made.predicted(other.features[name])).mean()
-                )
-                for v, f in zip(LEVELS, made.factors, strict=True)
-            }
-            for kind, other in others.items()
+        "inside_binomial": {
+            str(v): _inside(cover[v], v, half, half if taught else half - half // 2) for v in LEVELS
         },
+        "median_bound_over_observed": float(np.median(ratios)),
+        "shifted_coverage": {kind: covered(other) for kind, other in others.items()},
     }
 
 
-def _inside(shares: Sequence[float], level: float, count: int) -> float:
+def _inside(shares: Sequence[float], level: float, tested: int, fitted: int) -> float:
     """Share of splits whose coverage lies in the 95 % interval of both samples' chance.
 
     The bound is random, too: coverage of one split is beta-binomial; its variance is
     level (1 - level) (1 / tested + 1 / fitted).
     """
-    deviation = math.sqrt(level * (1 - level) * 2 / count)
-    return sum(abs(s - level) <= 1.96 * deviation + 1 / count for s in shares) / len(shares)
+    deviation = math.sqrt(level * (1 - level) * (1 / tested + 1 / fitted))
+    return sum(abs(s - level) <= 1.96 * deviation + 1 / tested for s in shares) / len(shares)
 
 
 def other_texts(limit: int) -> list[str]:

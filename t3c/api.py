@@ -25,7 +25,7 @@ from t3c.certificate.labels import label_effects
 from t3c.certificate.library import library_scores
 from t3c.certificate.proxy import Meter, proxies, with_proxies
 from t3c.certificate.remarks import on_bounds, on_labels
-from t3c.certificate.scaled import per_input
+from t3c.certificate.scaled import each_input
 from t3c.certificate.sound import Domain
 from t3c.certificate.sound import certify as sound_certify
 from t3c.codegen.build import Built, build
@@ -333,6 +333,7 @@ def certify(
     *,
     labels: Any = None,
     shifted: Sequence[tuple[Any, ...]] | None = None,
+    teaching: Sequence[tuple[Any, ...]] | None = None,
     levels: Sequence[float] = LEVELS,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
@@ -343,7 +344,8 @@ def certify(
     for calibration nor for training. Disjoint thirds of the inputs show how much the bounds spread.
     Where the model has one output [inputs, classes], changed labels, confidence and its calibration
     are counted too. From 200 inputs on, outputs are learned to tell how far each of them may be off
-    (`Session.drift_bound`). All of it goes into the manifest, which is replaced whole.
+    (`Session.drift_bound`); with `teaching`, 100 are enough. All of it goes into the manifest,
+    which is replaced whole.
 
     Args:
         artifact: Folder of an artifact that runs on this machine, or what `lower` returned.
@@ -351,6 +353,8 @@ def certify(
         inputs: Arguments of calls, each a tuple, with the artifact's shapes.
         labels: The right class of each input, in order; None: no accuracy, no calibration error.
         shifted: Calls with data of another kind; the bounds' coverage of them is measured.
+        teaching: Calls that teach what outputs say of drift, and nothing else, so that data from
+            training or calibration will do; None: half of `inputs` teaches.
         levels: Shares of new inputs to cover, rising.
         progress: Called with (what, done, total).
         say: Told every remark, a line each; None: standard error.
@@ -359,8 +363,8 @@ def certify(
         The artifact with `calibrated`, `labels` and `per_input` in every profile's certificate.
 
     Raises:
-        CertificateError: No inputs, outputs that are not finite or do not match the library's, or
-            labels for outputs that are not class scores.
+        CertificateError: No inputs, outputs that are not finite or do not match the library's,
+            labels for outputs that are not class scores, or inputs that teach and are held out too.
         ArtifactError: The artifact is damaged.
         TargetError: It was built for another machine.
         ValueError: A level is no share, or labels are not one class for each input.
@@ -384,6 +388,10 @@ def certify(
     if shifted is not None:
         other = library_scores(session, model, shifted, progress, "checking shifted data")
         found = with_shifted(found, other.original, _input_hash(shifted))
+    taught = None
+    if teaching is not None:
+        taught = library_scores(session, model, teaching, progress, "learning from outputs")
+    single = each_input(scores, levels, taught)
     before = {c.profile.name: c.profile.certificate for c in session.manifest.profiles}
     effects: Mapping[str, Labels] = {}
     lines = on_bounds(found, levels)
@@ -397,7 +405,7 @@ def certify(
             certificate,
             calibrated=found[name],
             labels=effects.get(name),
-            per_input=per_input(scores.features[name], scores.original[name], levels),
+            per_input=single[name],
         )
         for name, certificate in before.items()
     }

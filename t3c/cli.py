@@ -515,6 +515,13 @@ def certify(
             "bounds' coverage of them is measured."
         ),
     ] = None,
+    teaching: Annotated[
+        str | None,
+        typer.Option(
+            help="module:callable that returns a list of calls that teach what outputs say of "
+            "drift; data from training will do. Default: half of the held-out inputs teach."
+        ),
+    ] = None,
     level: Annotated[
         list[float] | None,
         typer.Option(help="Share of inputs to cover; repeatable. Default: 0.9 0.95 0.99."),
@@ -532,6 +539,7 @@ def certify(
                 "inputs that were used neither for calibration nor for training"
             )
         other = None if shifted is None else load_calls(shifted)
+        teachers = None if teaching is None else load_calls(teaching)
         api: Any = import_module("t3c.api")
         wanted = {} if not level else {"levels": tuple(sorted(set(level)))}
         with _progress(console) as progress:
@@ -541,6 +549,7 @@ def certify(
                 data,
                 labels=labels,
                 shifted=other,
+                teaching=teachers,
                 progress=progress,
                 say=console.remark,
                 **wanted,

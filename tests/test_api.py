@@ -615,6 +615,12 @@ def labelled_and_shifted(artifact: Artifact, model: nn.Module, inputs: list[Any]
         most = [session.drift_bound(session(*args), 0.99) for args in inputs]
         assert np.mean(np.array(off) <= np.array(most)) > 0.9
         assert np.median(np.array(most) / np.array(off)) < 5
+    session = t3c.load(t3c.certify(artifact, model, many[:50], teaching=many[50:], say=told.append))
+    single = [p.certificate.per_input for p in session.profiles]
+    assert [(b.inputs, b.taught) for b in single if b is not None] == [(100, 200)] * len(single)
+    assert session.drift_bound(session(*inputs[0])).shape == (2,)
+    with pytest.raises(CertificateError, match="2 inputs teach and are held out; bounds"):
+        t3c.certify(artifact, model, many[:51], teaching=many[50:], say=told.append)
     session = t3c.load(found)
     ninety = session.profiles[-1].certificate.calibrated
     assert ninety is not None

@@ -408,12 +408,14 @@ def test_certify_runs_on_the_data_that_the_model_brings(
     assert done.exit_code == 0, done.stderr
     assert len(seen[0][2]) == 2
     assert "90% bound" in done.stdout
-    assert (given[0]["labels"], given[0]["shifted"]) == (None, None)
+    assert [given[0][k] for k in ("labels", "shifted", "teaching")] == [None, None, None]
     assert "levels" not in given[0]
-    options = ("--shifted", "some_models:others", "--level", ".9", "--level", ".8")
+    options = ["--shifted", "some_models:others", "--level", ".9", "--level", ".8"]
+    options += ["--teaching", "some_models:others"]
     assert call("certify", artifact.path, "some_models:labelled", *options).exit_code == 0
     assert given[1]["labels"] == [3, 1]
     assert [len(c) for c in given[1]["shifted"]] == [1, 1, 1]
+    assert [len(c) for c in given[1]["teaching"]] == [1, 1, 1]
     assert given[1]["levels"] == (0.8, 0.9)
     wrong = call("certify", artifact.path, "some_models:labelled", "--shifted", "some_models:net")
     assert wrong.exit_code == 2

@@ -603,6 +603,8 @@ def _per_input_from_json(f: Fields) -> PerInput:
         factors=f.limits("factors"),
         ratios=f.limits("ratios"),
         inputs=f.whole("inputs"),
+        taught=f.optional("taught", f.whole) or 0,
+        directions=f.optional("directions", f.whole) or 0,
     )
 
 

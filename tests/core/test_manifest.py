@@ -53,7 +53,9 @@ CALIBRATED = Calibrated(
     Shifted(7, "ef", (0.5, 1.0), 0.7),
 )
 OBSERVED = Observed(0.1, 0.1, 0.2, 0.3, 0.01, None, 8, Drifts(0.05, 0.05, 0.1, 0.2, 0.005, 0.25))
-PER_INPUT = PerInput((0.5, -1.0), 0.1, -2.0, 3.0, (0.9, 0.99), (1.5, math.inf), (1.2, math.inf), 9)
+PER_INPUT = PerInput(
+    (0.5, -1.0), 0.1, -2.0, 3.0, (0.9, 0.99), (1.5, math.inf), (1.2, math.inf), 9, 7, 400
+)
 LABELS = Labels(
     40, 0.1, 0.05, -0.02, 0.9, 0.92, 0.03, 0.02,
     (Margin(0.0, 0.5, 20, 0.2, -0.03, 0.01), Margin(0.5, 2.0, 20, 0.0, 0.0, None)),
@@ -157,6 +159,15 @@ def test_what_is_unknown_is_none_and_comes_back() -> None:
         profiles=(CompiledProfile(bare, "f", ()),), stages=Stages(), calibration_sha256=None
     )
     assert Manifest.from_json(through_json(one)) == one
+
+
+def test_bounds_of_single_inputs_had_no_teachers_and_no_directions_at_first() -> None:
+    data = through_json(example())
+    for profile in data["profiles"]:
+        for key in ("taught", "directions"):
+            profile["certificate"]["per_input"].pop(key)
+    found = Manifest.from_json(data).profiles[0].profile.certificate.per_input
+    assert found == replace(PER_INPUT, taught=0, directions=0)
 
 
 def test_certificates_of_earlier_artifacts_lack_what_came_later() -> None:
