@@ -7,6 +7,7 @@ equal artifacts are equal bytes.
 import lzma
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +17,14 @@ from t3c.core.manifest import MANIFEST
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """Time stamp of every member, the earliest that the format knows."""
-CHUNK = 1 << 20
+CHUNK = 1 << 12
+"""Compressed bytes that are read at once: zipfile unpacks them whole into memory, and LZMA
+makes up to 7,000 bytes of one."""
+
+
+DAMAGED = (lzma.LZMAError, zlib.error, EOFError, RuntimeError)
+"""What zipfile raises of damaged members; RuntimeError is its own, of encrypted ones, and, as
+NotImplementedError, of a compression or a version of the format that it does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +49,17 @@ def pack(
         Both byte counts of every file.
 
     Raises:
-        ArtifactError: The artifact is damaged.
+        ArtifactError: The artifact is damaged, or `out` is a folder.
     """
+    target = Path(out)
+    if not target.name or target.is_dir():
+        raise ArtifactError(
+            f"{target}: is a folder; name the file of the archive, for example net.zip"
+        )
     found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
     found.verify()
     paths = (MANIFEST, *(entry.path for entry in found.manifest.files))
-    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with zipfile.ZipFile(scratch, "w") as archive:
@@ -92,9 +105,7 @@ def unpack(archive: str | os.PathLike[str], out: str | os.PathLike[str]) -> Arti
                 if name in names:
                     _extract(members, name, folder, sizes[name])
             found.verify()
-    # What zipfile raises of damaged members; NotImplementedError is its own, of a compression or a
-    # version of the format that it does not know.
-    except (OSError, zipfile.BadZipFile, lzma.LZMAError, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, *DAMAGED) as error:
         raise ArtifactError(f"{file}: cannot be unpacked: {error}") from error
     return Artifact.read(out)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -234,7 +235,40 @@ def test_hostile_archives_are_refused_and_leave_nothing(large: Artifact, tmp_pat
     for message, changed in cases.items():
         with pytest.raises(ArtifactError, match=message):
             t3c.unpack(rewritten(source, tmp_path / "bad.zip", **changed), out)
-    (tmp_path / "cut.zip").write_bytes(source.read_bytes()[:5000])
-    with pytest.raises(ArtifactError, match="cannot be unpacked"):
-        t3c.unpack(tmp_path / "cut.zip", out)
+    whole = source.read_bytes()
+    locked = bytearray(whole)
+    locked[6] |= 1  # the flag of encryption, in front of the member and in the directory
+    locked[whole.index(b"PK\x01\x02") + 8] |= 1
+    with zipfile.ZipFile(tmp_path / "plain.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("manifest.json", manifest)
+    deflated = bytearray((tmp_path / "plain.zip").read_bytes())
+    deflated[60:120] = b"\xff" * 60
+    for damaged in (whole[:5000], bytes(locked), bytes(deflated)):
+        (tmp_path / "bad.zip").write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="cannot be unpacked"):
+            t3c.unpack(tmp_path / "bad.zip", out)
     assert not out.exists()
+
+
+def test_an_archive_that_grows_beyond_measure_fills_no_memory(
+    large: Artifact, tmp_path: Path
+) -> None:
+    bomb = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("manifest.json", (large.path / "manifest.json").read_bytes())
+        for entry in large.manifest.files:
+            archive.writestr(entry.path, bytes(1 << 26 if entry.path.endswith("s") else 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match="longer than its manifest says"):
+            t3c.unpack(bomb, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_archive_is_a_file_in_any_folder(large: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is a folder; name the file"):
+        t3c.pack(large, tmp_path)
+    t3c.pack(large, tmp_path / "new" / "n\u00e9t.zip")
+    assert t3c.unpack(tmp_path / "new" / "n\u00e9t.zip", tmp_path / "back").manifest.files
