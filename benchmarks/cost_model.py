@@ -89,7 +89,7 @@ def main() -> None:
 
 def about(rows: Dataset) -> dict[str, Any]:
     """How many rows, and how quiet the machine was."""
-    samples = [row.seconds for row in rows.rows.values()]
+    samples = [*(k.seconds for k in rows.kernels), *(p.seconds for p in rows.profiles)]
     return {
         "kernels": len(rows.kernels),
         "profiles": len(rows.profiles),

@@ -83,6 +83,21 @@ class AbstractCostModel(ABC):
         del layers, rest
         return 0.0, math.inf
 
+    def predict_energy(self, rows: Sequence[Row]) -> list[float] | None:
+        """Joules of each row; None where the model knows of no meter."""
+        del rows
+        return None
+
+    def predict_network_energy(self, layers: Sequence[Row], rest: Work) -> float | None:
+        """Joules of one call of a network; None where the model knows of no meter.
+
+        Args:
+            layers: Its elastic layers.
+            rest: Everything else.
+        """
+        del layers, rest
+        return None
+
     @abstractmethod
     def save(self, path: Path) -> None:
         """Write the model to the file `path`."""

@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from t3c.core.errors import CostModelError, T3CError
 from t3c.core.formats import parse_format
+from t3c.core.profile import Label
 from t3c.core.sites import ConvSite, LinearSite, Site
 from t3c.cost_models.base import Row, Work
 from t3c.cost_models.device import Device
@@ -133,7 +134,115 @@ class ProfileRow:
         }
 
 
-Measured = KernelRow | ProfileRow
+@dataclass(frozen=True, slots=True)
+class Joules:
+    """Energy of a call, by a meter; everything that it sees counts.
+
+    Attributes:
+        joules: Of one call, on average.
+        meter: Name of the meter.
+        label: ``measured``, or ``estimated`` where nothing was metered.
+        when: ISO time.
+    """
+
+    joules: float
+    meter: str
+    label: Label = Label.MEASURED
+    when: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse zero, infinity and NaN."""
+        if not 0 < self.joules < math.inf:
+            raise ValueError(f"joules is {self.joules}; a call takes more than 0, and not infinity")
+
+    @property
+    def source(self) -> tuple[str, Label]:
+        """What must agree for two rows to mean the same."""
+        return self.meter, self.label
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "label": str(self.label)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(**{**data, "label": Label(data["label"])})
+
+
+@dataclass(frozen=True, slots=True)
+class KernelEnergy:
+    """One layer in one format, metered.
+
+    Attributes:
+        row: What was metered.
+        energy: What it used.
+        group: See `KernelRow`.
+    """
+
+    row: Row
+    energy: Joules
+    group: str = ""
+
+    @property
+    def key(self) -> str:
+        """Stable text; a dataset has each once."""
+        return energy_key(kernel_key(self.row))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "kind": "kernel energy",
+            "key": self.key,
+            "group": self.group,
+            **row_json(self.row),
+            "energy": self.energy.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileEnergy:
+    """One profile of a network, metered.
+
+    Attributes:
+        network: Its name.
+        profile: Name of the profile.
+        layers: Elastic layers that a call runs.
+        rest: Everything else.
+        energy: What a call used.
+    """
+
+    network: str
+    profile: str
+    layers: tuple[Row, ...]
+    rest: Work
+    energy: Joules
+
+    @property
+    def key(self) -> str:
+        """Stable text; a dataset has each once."""
+        return energy_key(profile_key(self.network, self.profile, self.layers[0].threads))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "kind": "profile energy",
+            "key": self.key,
+            "network": self.network,
+            "profile": self.profile,
+            "layers": [row_json(row) for row in self.layers],
+            "rest": asdict(self.rest),
+            "energy": self.energy.to_json(),
+        }
+
+
+Metered = KernelEnergy | ProfileEnergy
+Measured = KernelRow | ProfileRow | Metered
+
+
+def energy_key(key: str) -> str:
+    """Key of the energy of what has this key."""
+    return f"joules {key}"
 
 
 def kernel_key(row: Row) -> str:
@@ -237,6 +346,21 @@ class Dataset:
         """The measured profiles."""
         return [row for row in self.rows.values() if isinstance(row, ProfileRow)]
 
+    @property
+    def kernel_energies(self) -> list[KernelEnergy]:
+        """The metered kernels."""
+        return [row for row in self.rows.values() if isinstance(row, KernelEnergy)]
+
+    @property
+    def profile_energies(self) -> list[ProfileEnergy]:
+        """The metered profiles."""
+        return [row for row in self.rows.values() if isinstance(row, ProfileEnergy)]
+
+    @property
+    def meter(self) -> tuple[str, Label] | None:
+        """Name and label of the meter of all energies; None: there are none."""
+        return next((row.energy.source for row in self.rows.values() if _metered(row)), None)
+
     def append(self, rows: Sequence[Measured], device: Device) -> None:
         """Write rows behind the others, at once; those that are there already stay as they are.
 
@@ -245,17 +369,37 @@ class Dataset:
             device: Where.
 
         Raises:
-            CostModelError: On another device than all other rows.
+            CostModelError: On another device than all other rows, or by another meter.
         """
         if differ := self.device.differences(device):
             raise CostModelError(
                 f"{len(rows)} rows are of another device than {self.path}: {'; '.join(differ)}. "
                 "Measure into another file"
             )
+        _one_meter(self.path, [*self.rows.values(), *rows])
         new = {row.key: row for row in rows if row.key not in self.rows}
         if new:
             _append(self.path, b"".join(_line(row.to_json()) for row in new.values()))
             self.rows |= new
+
+
+def _metered(row: Measured) -> TypeGuard[Metered]:
+    return isinstance(row, KernelEnergy | ProfileEnergy)
+
+
+def _one_meter(path: Path, rows: Sequence[Measured]) -> None:
+    """Refuse joules that do not mean the same.
+
+    Raises:
+        CostModelError: They are of several meters, or measured and estimated.
+    """
+    found = sorted({row.energy.source for row in rows if _metered(row)})
+    if len(found) > 1:
+        (one, label), (other, others) = found[:2]
+        raise CostModelError(
+            f"{path} would hold joules of {one!r} ({label}) and of {other!r} ({others}); what one "
+            "meter sees another does not. Measure into another file"
+        )
 
 
 def _read(path: Path, say: Callable[[str], None]) -> tuple[Dataset, int]:
@@ -282,6 +426,7 @@ def _read(path: Path, say: Callable[[str], None]) -> tuple[Dataset, int]:
         except (KeyError, TypeError, ValueError, T3CError) as error:
             raise _corrupted(path, number, repr(error)) from error
         rows.setdefault(row.key, row)
+    _one_meter(path, list(rows.values()))
     source = head.get("transfer_from")
     device = Device.from_json(head["device"])
     return Dataset(path, device, rows, None if source is None else Device.from_json(source)), whole
@@ -356,22 +501,27 @@ def row_of(data: Mapping[str, Any]) -> Row:
     return Row(site, parse_format(data["format"]), int(data["threads"]), bool(data["codes"]))
 
 
+KINDS = ("kernel", "profile", "kernel energy", "profile energy")
+
+
 def _measured(data: Mapping[str, Any]) -> Measured:
-    seconds = Sample(**data["seconds"])
+    if data["kind"] not in KINDS:
+        raise ValueError(f"kind is {data['kind']!r}; allowed are {', '.join(KINDS)}")
     made: Measured
     if data["kind"] == "kernel":
-        made = KernelRow(row_of(data), seconds, int(data["bytes"]), str(data["group"]))
-    elif data["kind"] == "profile":
-        made = ProfileRow(
-            str(data["network"]),
-            str(data["profile"]),
-            tuple(row_of(row) for row in data["layers"]),
-            Work(**data["rest"]),
-            seconds,
-            float(data["inside_s"]),
+        made = KernelRow(
+            row_of(data), Sample(**data["seconds"]), int(data["bytes"]), str(data["group"])
         )
+    elif data["kind"] == "kernel energy":
+        made = KernelEnergy(row_of(data), Joules.from_json(data["energy"]), str(data["group"]))
     else:
-        raise ValueError(f"kind is {data['kind']!r}; allowed are 'kernel' and 'profile'")
+        layers = tuple(row_of(row) for row in data["layers"])
+        names, rest = (str(data["network"]), str(data["profile"])), Work(**data["rest"])
+        if data["kind"] == "profile":
+            seconds = Sample(**data["seconds"])
+            made = ProfileRow(*names, layers, rest, seconds, float(data["inside_s"]))
+        else:
+            made = ProfileEnergy(*names, layers, rest, Joules.from_json(data["energy"]))
     if made.key != data["key"]:
         raise ValueError(f"its key is {data['key']!r}, its fields say {made.key!r}")
     return made

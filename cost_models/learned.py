@@ -120,7 +120,8 @@ class LearnedModel(AbstractCostModel):
         groups = [row.group or kernel_key(row.row) for row in kernels]
         rows = [row.row for row in kernels]
         model = replace(cls.of(spec), device=dataset.device).fit_groups(rows, seconds, groups)
-        return model.fit_profiles(dataset.profiles).knowing(kernels)
+        model = model.fit_profiles(dataset.profiles).knowing(kernels)
+        return replace(model, metered=learn_energy(dataset, spec))
 
     def knowing(self, kernels: Sequence[KernelRow]) -> Self:
         """The model with what was measured in place of what it would predict of it."""
@@ -203,12 +204,30 @@ class LearnedModel(AbstractCostModel):
 
     def fit_profiles(self, profiles: Sequence[ProfileRow]) -> Self:
         """A model of whole networks on top of the one of kernels; the same where there are none."""
-        names = [p.network for p in profiles]
+        return self.fit_networks(
+            [(p.network, p.layers, p.rest) for p in profiles],
+            [p.seconds.p50_s for p in profiles],
+            [min(p.inside_s, p.seconds.p50_s) for p in profiles],
+        )
+
+    def fit_networks(
+        self,
+        networks: Sequence[tuple[str, Sequence[Row], Work]],
+        values: Sequence[float],
+        insides: Sequence[float],
+    ) -> Self:
+        """A model of whole networks on top of the one of kernels; fewer than two change nothing.
+
+        Args:
+            networks: Name, elastic layers and the rest of each profile.
+            values: What was measured of each.
+            insides: Of it, what was seen inside the layers; 0: that is not known.
+        """
+        names = [name for name, _, _ in networks]
         if len(set(names)) < 2:
             return self
-        parts = np.stack([self.parts(p.layers, p.rest) for p in profiles])
-        times = np.array([p.seconds.p50_s for p in profiles])
-        inside = np.array([min(p.inside_s, p.seconds.p50_s) for p in profiles])
+        parts = np.stack([self.parts(layers, rest) for _, layers, rest in networks])
+        times, inside = np.array(values, np.float64), np.array(insides, np.float64)
         errors = np.zeros(len(times))
         for name in set(names):  # each network is left out once
             out = np.array([n == name for n in names])
@@ -265,6 +284,14 @@ class LearnedModel(AbstractCostModel):
             if (seen := self.measured.get(kernel_key(row))) is not None:
                 factors[i] = seen[1] / seen[0]
         return [(t / f, t * f) for t, f in zip(self.predict(rows), factors, strict=True)]
+
+    def predict_energy(self, rows: Sequence[Row]) -> list[float] | None:
+        """See `AbstractCostModel`."""
+        return None if self.metered is None else self.metered.model.predict(rows)
+
+    def predict_network_energy(self, layers: Sequence[Row], rest: Work) -> float | None:
+        """See `AbstractCostModel`."""
+        return None if self.metered is None else self.metered.model.predict_network(layers, rest)
 
     def predict_rest(self, work: Work, threads: int = 1) -> float:
         """Seconds of what is not elastic, and of the call."""
@@ -414,6 +441,52 @@ class Metered:
     meter: str
 
 
+def learn_energy(dataset: Dataset, spec: TargetSpec) -> Metered | None:
+    """Energy of the dataset's device; None where too little was metered to learn it.
+
+    Networks are needed, too: without them the energy of what is not elastic is not known, and
+    counted operations would be mixed with a meter's joules.
+
+    Args:
+        dataset: What was measured.
+        spec: The target.
+
+    Raises:
+        CostModelError: Its joules are no meter's.
+    """
+    kernels, profiles = dataset.kernel_energies, dataset.profile_energies
+    if dataset.meter is None or energy_lacks(dataset):
+        return None
+    meter, label = dataset.meter
+    if label is not Label.MEASURED:
+        raise CostModelError(
+            f"{dataset.path} holds joules that {meter!r} {label}; a model learns from a meter only"
+        )
+    model = replace(LearnedModel.of(spec), device=dataset.device).fit_groups(
+        [k.row for k in kernels],
+        [k.energy.joules for k in kernels],
+        [k.group or kernel_key(k.row) for k in kernels],
+    )
+    model = model.fit_networks(
+        [(p.network, p.layers, p.rest) for p in profiles],
+        [p.energy.joules for p in profiles],
+        [0.0] * len(profiles),
+    )
+    return Metered(model, meter)
+
+
+def energy_lacks(dataset: Dataset) -> str:
+    """What is missing for a model of energy; empty: nothing."""
+    kernels = len(dataset.kernel_energies)
+    networks = len({p.network for p in dataset.profile_energies})
+    if kernels >= LEAST and networks >= 2:
+        return ""
+    return (
+        f"{kernels} kernels and {networks} networks are metered; energy is learnt from {LEAST} and "
+        "2, until then it is estimated"
+    )
+
+
 def conformal(errors: NDArray[np.float64], coverage: float = COVERAGE) -> float:
     """The ceil((n + 1) coverage)-th smallest of n errors; infinite where there are too few."""
     place = math.ceil((len(errors) + 1) * coverage - 1e-9)
@@ -429,8 +502,10 @@ def _composition(parts: Numbers, times: Numbers, inside: Numbers) -> tuple[float
     Args:
         parts: Of each profile (`LearnedModel.parts`).
         times: Its seconds.
-        inside: Of them, seconds in its layers.
+        inside: Of them, seconds in its layers; 0: not known.
     """
+    if not inside.any():
+        return _whole(parts, times)
     known = inside > 0
     factor = float(np.median(inside[known] / parts[known, 0])) if known.any() else 1.0
     inside = np.where(known, inside, np.minimum(factor * parts[:, 0], times))
@@ -442,6 +517,17 @@ def _composition(parts: Numbers, times: Numbers, inside: Numbers) -> tuple[float
         weights = 1 / np.sqrt(np.maximum(errors, SMALL))
         found = np.array(non_negative(parts[:, 1:], outside, shares * weights))
     return factor, *found.tolist()
+
+
+def _whole(parts: Numbers, times: Numbers) -> tuple[float, ...]:
+    """The same weights from the whole alone."""
+    weights = np.ones(len(times))
+    found = np.zeros(parts.shape[1])
+    for _ in range(STEPS):
+        found = np.array(non_negative(parts, times, weights))
+        errors = np.abs(parts @ found - times) / times
+        weights = 1 / np.sqrt(np.maximum(errors, SMALL))
+    return tuple(found.tolist())
 
 
 @lru_cache(maxsize=64)

@@ -73,13 +73,13 @@ class RaplMeter(AbstractMeter):
         """
         if not self.zones:
             raise TargetError("no RAPL counter on this machine; energy can only be estimated")
-        self._last = [_counter(zone) for zone in self.zones]
+        self._last = [counter(zone) for zone in self.zones]
         self._ranges = [int((z / "max_energy_range_uj").read_text()) for z in self.zones]
 
     def read(self) -> float:
         """See `AbstractMeter`."""
         for i, zone in enumerate(self.zones):
-            now = _counter(zone)
+            now = counter(zone)
             step = now - self._last[i]
             self._total_uj += step if step >= 0 else step + self._ranges[i]
             self._last[i] = now
@@ -97,7 +97,12 @@ def rapl_zones(root: Path = POWERCAP) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _counter(zone: Path) -> int:
+def counter(zone: Path) -> int:
+    """Microjoules that a counter shows.
+
+    Raises:
+        TargetError: There is no right to read it.
+    """
     try:
         return int((zone / "energy_uj").read_text())
     except PermissionError as error:

@@ -132,7 +132,7 @@ def transfer(
     found = _with_trees(base, start, known) if trees else fitted
     width, label = _width(spread)
     found = replace(found, spread=width, spread_label=label)
-    return _networks(base, found, profiles, spec).knowing(kernels)
+    return _networks(base, found, profiles, spec).knowing(kernels).knowing(kernels)
 
 
 def check(base: LearnedModel, spec: TargetSpec, *, any_family: bool = False) -> None:
@@ -199,7 +199,7 @@ def _start(base: LearnedModel, spec: TargetSpec, device: Device) -> LearnedModel
         kind: tuple((1 - BLEND) * np.array(weights) + BLEND * old)
         for kind, weights in base.prior.items()
     }
-    made = LearnedModel(spec.roofline, device, prior, base=replace(base, metered=None))
+    made = LearnedModel(spec.roofline, device, prior, base=replace(base, metered=None, measured={}))
     return _scaled(made, dict.fromkeys(prior, factor), np.zeros(len(old)))
 
 

@@ -191,8 +191,9 @@ def lower(
             calibration data, so that int8 tensors flow between them; ``dynamic``, to the range of
             each image; ``auto``, static where the target's kernels can.
         objective: What the profiles are chosen to save: ``latency``, ``macs``, ``bytes`` (linear
-            layers take 4 bits), ``energy`` (estimated), or several, ``latency+bytes`` or a list:
-            the mean of their shares of the dense network's. All profiles state all costs.
+            layers take 4 bits), ``energy`` (estimated, unless `cost_model` knows a meter), or
+            several, ``latency+bytes`` or a list: the mean of their shares of the dense
+            network's. All profiles state all costs.
         codes: How dense linear layers of 8 and of 4 bits are stored: ``nested``, one array for both
             widths, or ``independent``, one for each: dense profiles lose no more than dense
             quantization to that width alone, and the file is larger.

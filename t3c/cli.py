@@ -196,8 +196,8 @@ def lower(
     objective: Annotated[
         str,
         typer.Option(
-            help="What profiles are chosen to save: latency, macs, bytes, energy (estimated), or "
-            "several, latency+bytes."
+            help="What profiles are chosen to save: latency, macs, bytes, energy (estimated "
+            "without a meter), or several, latency+bytes."
         ),
     ] = "latency",
     codes: Annotated[
@@ -673,6 +673,9 @@ def measure(
         typer.Option(help="Model of another device: measure the few rows that adapt it."),
     ] = None,
     any_family: AnyFamily = False,
+    energy: Annotated[
+        bool, typer.Option(help="Measure energy, too, where this machine has a meter.")
+    ] = True,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -692,11 +695,19 @@ def measure(
                 key=key,
                 plan=plan,
                 source=source,
+                meter=import_module("t3c.cost_models.meters").best_meter() if energy else None,
                 progress=progress,
                 say=console.remark,
             )
-        count = {"kernels": len(found.kernels), "profiles": len(found.profiles)}
+        count = {
+            "kernels": len(found.kernels),
+            "profiles": len(found.profiles),
+            "energies": len(found.kernel_energies) + len(found.profile_energies),
+            "meter": None if found.meter is None else found.meter[0],
+        }
         console.show(f"{out}: {count['kernels']} kernels, {count['profiles']} profiles")
+        if found.meter is not None:
+            console.show(f"{count['energies']} energies by {found.meter[0]}")
         console.data({"rows": str(out), "device": found.device.to_json(), **count})
 
 
@@ -757,6 +768,8 @@ def fit(
             )
             model.save(out)
             judge_it = partial(judge.transfer_report, base, data, spec, any_family=any_family)
+        if data.meter is not None and model.metered is None:
+            console.remark(learned.energy_lacks(data))
         if report or plot is not None:
             judged: Any = judge_it()
             scores = judged.to_json()

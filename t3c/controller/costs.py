@@ -22,6 +22,7 @@ def site_costs(
     seconds: Sequence[float],
     codes: CodeStorage = CodeStorage.NESTED,
     whole: Mapping[Objective, float] | None = None,
+    joules: Sequence[float] | None = None,
 ) -> list[float]:
     """Cost of a site in each format of its menu, in units of the objective.
 
@@ -32,12 +33,16 @@ def site_costs(
         seconds: Predicted time of each.
         codes: How dense codes of 8 and of 4 bits are stored, where the menu has both.
         whole: Of a mix: what the dense network costs (`dense_costs`).
+        joules: Energy of each, learnt from a meter; None: it is estimated.
     """
     match objective:
         case Mix(parts):
             total = whole if whole is not None else {}
             each = [
-                [cost / total[part] for cost in site_costs(part, site, menu, seconds, codes)]
+                [
+                    cost / total[part]
+                    for cost in site_costs(part, site, menu, seconds, codes, joules=joules)
+                ]
                 for part in parts
             ]
             return [math.fsum(costs) / len(parts) for costs in zip(*each, strict=True)]
@@ -47,13 +52,18 @@ def site_costs(
             return [float(site.macs(fmt)) for fmt in menu]
         case Objective.BYTES:
             return [float(size) for size in _sizes(site, menu, codes)]
+        case Objective.ENERGY if joules is not None:
+            return list(joules)
         case Objective.ENERGY:
             sizes = _sizes(site, menu, codes)
             return [ENERGY.site(site.macs(f), n) for f, n in zip(menu, sizes, strict=True)]
 
 
 def dense_costs(
-    objective: Goal, sites: Sequence[Site], seconds: Sequence[float]
+    objective: Goal,
+    sites: Sequence[Site],
+    seconds: Sequence[float],
+    joules: Sequence[float] | None = None,
 ) -> dict[Objective, float]:
     """Each part of an objective -> its cost of all sites in 8 bits.
 
@@ -61,11 +71,13 @@ def dense_costs(
         objective: What counts.
         sites: All of them.
         seconds: Predicted time of each in 8 bits.
+        joules: Energy of each, learnt from a meter; None: it is estimated.
     """
+    each = [None] * len(sites) if joules is None else [[j] for j in joules]
     return {
         part: math.fsum(
-            site_costs(part, site, [Dense(8)], [t])[0]
-            for site, t in zip(sites, seconds, strict=True)
+            site_costs(part, site, [Dense(8)], [t], joules=j)[0]
+            for site, t, j in zip(sites, seconds, each, strict=True)
         )
         for part in objective.parts
     }

@@ -100,14 +100,16 @@ def gate(
         stored: How dense codes of 8 and of 4 bits are stored.
     """
     rows: list[GateRow] = []
-    eight = model.predict([Row(site, Dense(8), threads, codes) for site in sites.values()])
-    whole = dense_costs(objective, list(sites.values()), eight)
+    eight = [Row(site, Dense(8), threads, codes) for site in sites.values()]
+    known = model.predict(eight), model.predict_energy(eight)
+    whole = dense_costs(objective, list(sites.values()), *known)
     for name, site in sites.items():
         prices = partial(site_costs, objective, site, codes=stored, whole=whole)
         thin = four and isinstance(site, LinearSite) and _halves(site, model, threads, prices)
         menu = formats(site, step, shares, cp=(cp or {}).get(name, 0), four=thin)
-        times = model.predict([Row(site, fmt, threads, codes) for fmt in menu])
-        costs = prices(menu, times)
+        asked = [Row(site, fmt, threads, codes) for fmt in menu]
+        times = model.predict(asked)
+        costs = prices(menu, times, joules=model.predict_energy(asked))
         dense = [i for i, fmt in enumerate(menu) if isinstance(fmt, Dense)]
         quick, cheap = min(times[i] for i in dense), min(costs[i] for i in dense)
         rows += [
@@ -122,8 +124,8 @@ def _halves(
 ) -> bool:
     """Whether 4-bit weights save much: all of their bytes, or the time of waiting for them."""
     both = [Dense(8), Dense(4)]
-    times = model.predict([Row(site, fmt, threads) for fmt in both])
-    eight, less = prices(both, times)
+    asked = [Row(site, fmt, threads) for fmt in both]
+    eight, less = prices(both, model.predict(asked), joules=model.predict_energy(asked))
     return less <= FOUR_BITS * eight
 
 

@@ -310,8 +310,7 @@ def _chain(
         _profile(name, sites, p.formats, _timing(sites, p.formats, gate, fixed), fixed)
         for name, p in zip(names, plans, strict=True)
     ]
-    if Objective.ENERGY in objective.parts:
-        made = [replace(p, energy=_energy(p, sites, fixed)) for p in made]
+    made = [replace(p, energy=_energy(p, sites, fixed, objective)) for p in made]
     drift = {name: p.drift for name, p in zip(names, plans, strict=True)}
     return {"chain": ProfileChain(tuple(made)), "drift": drift}
 
@@ -339,8 +338,17 @@ def _timing(
     return Timing(whole, whole, Label.PREDICTED, None, fixed.threads, *ends)
 
 
-def _energy(profile: Profile, sites: Mapping[str, Site], fixed: "Fixed") -> Energy:
-    """Estimated energy of one call."""
+def _energy(
+    profile: Profile, sites: Mapping[str, Site], fixed: "Fixed", objective: Goal
+) -> Energy | None:
+    """Energy of one call: predicted by what a meter taught, else estimated where it counts."""
+    if fixed.model is not None:
+        layers = [Row(sites[n], f, fixed.threads, fixed.static) for n, f in profile.formats.items()]
+        joules = fixed.model.predict_network_energy(layers, fixed.rest)
+        if joules is not None:
+            return Energy(joules, Label.PREDICTED)
+    if Objective.ENERGY not in objective.parts:
+        return None
     chosen = [(sites[name], fmt) for name, fmt in profile.formats.items()]
     inside = sum(ENERGY.site(site.macs(f), storage_bytes(site, f)) for site, f in chosen)
     return Energy(inside + ENERGY.rest(fixed.rest, fixed.bytes), Label.ESTIMATED)

@@ -1,7 +1,9 @@
 """Where units run: this process, or servers of TVM's RPC."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,6 +152,14 @@ class Loaded:
             call(*arguments)
             found.append(time.thread_time() - start)
         return found
+
+    def runner(self, function: Function) -> Callable[[], object]:
+        """One call, as often as it is wanted; for meters."""
+        arguments = self.arguments(function)
+        if not function.call:
+            stamps = self.tensor(np.zeros(len(function.of_call) + 1, np.int64))
+            arguments = (*arguments, stamps)
+        return partial(self.module[function.call or function.trace], *arguments)
 
     def _timed(self, name: str, count: int, arguments: tuple[Any, ...]) -> list[float]:
         timer = self.module.time_evaluator(name, self.device, number=1, repeat=count)

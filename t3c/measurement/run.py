@@ -23,6 +23,7 @@ from t3c import targets
 from t3c.codegen.build import is_host
 from t3c.codegen.families import families_of
 from t3c.core.errors import CostModelError, TargetError
+from t3c.core.profile import Label
 from t3c.cost_models.base import Row
 from t3c.cost_models.dataset import (
     Dataset,
@@ -30,15 +31,26 @@ from t3c.cost_models.dataset import (
     Measured,
     ProfileRow,
     Sample,
+    energy_key,
     kernel_key,
     profile_key,
     row_json,
 )
 from t3c.cost_models.design import design
 from t3c.cost_models.device import Device, this_device
+from t3c.cost_models.meters import AbstractMeter
 from t3c.cost_models.transfer import spread_out
+from t3c.measurement.energy import meter_units
 from t3c.measurement.hosts import Host, connect
-from t3c.measurement.units import MIXED, SHARES, Function, Unit, build_network, build_shard
+from t3c.measurement.units import (
+    MIXED,
+    SHARES,
+    TOGETHER,
+    Function,
+    Unit,
+    build_network,
+    build_shard,
+)
 from t3c.measurement.zoo import NETWORKS
 from t3c.runtime.threads import available_cores
 from t3c.targets.base import TargetSpec
@@ -61,6 +73,8 @@ TRACES = 2
 """Traced calls of a profile in a turn."""
 INTERRUPTED = 2.0
 """A call that took so many times the lower quartile did not have the processor for itself."""
+METERED = "joules"
+"""First word of the names of units that are metered."""
 BUILD_SHARE = 0.75
 """Of the time, what building may take; what is built by then is measured."""
 
@@ -82,7 +96,9 @@ class Job:
     def keys(self, threads: int) -> list[str]:
         """Keys of the rows that it gives."""
         if self.rows:
-            return [kernel_key(row) for row in self.rows]
+            metered = self.name.startswith(METERED)
+            keys = [kernel_key(row) for row in self.rows]
+            return [energy_key(key) for key in keys] if metered else keys
         return [profile_key(self.name, profile, threads) for profile in PROFILES]
 
 
@@ -93,6 +109,7 @@ class Plan:
     Attributes:
         kernels: How many layers, about.
         networks: Names of networks of the zoo.
+        joules: How many of the layers are metered, too, where there is a meter.
         few: Whether the layers are spread over all kinds of kernels and over shapes, one of a shape
             as far as there are shapes: for a model of another device that is transferred.
     """
@@ -100,6 +117,18 @@ class Plan:
     kernels: int = 480
     networks: tuple[str, ...] = tuple(NETWORKS)
     few: bool = False
+    joules: int = 160
+
+    def metered(self, spec: TargetSpec, threads: int) -> list[Job]:
+        """Shards whose functions repeat one layer, for a meter that sees nothing shorter."""
+        shards = [job for job in self.jobs(spec, threads) if job.rows]
+        found, count = [], 0
+        for job in shards:
+            if count < self.joules:
+                name = job.name.replace("layers", METERED)
+                found.append(Job(name, job.rows, job.groups))
+                count += len(job.rows)
+        return found
 
     def jobs(self, spec: TargetSpec, threads: int) -> list[Job]:
         """Shards and networks in turns.
@@ -143,6 +172,7 @@ def measure(
     workers: int | None = None,
     folder: Path | None = None,
     source: Device | None = None,
+    meter: AbstractMeter | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> Dataset:
@@ -161,6 +191,7 @@ def measure(
         workers: Processes that build; 0: this one; None: a core each.
         folder: Of built units; None: the user's cache.
         source: Whose model will be transferred, for the head of a new dataset; None: nobody's.
+        meter: Measures energy on this machine; None, or one that estimates: no energy is measured.
         progress: Called with (what, done, total).
         say: Told every remark.
 
@@ -175,7 +206,8 @@ def measure(
     limit = start + 60 * minutes if minutes > 0 else float("inf")
     report = progress or (lambda *_: None)
     dataset = Dataset.open(out, device, say, source)
-    jobs = (Plan() if plan is None else plan).jobs(spec, device.threads)
+    wanted = Plan() if plan is None else plan
+    jobs = wanted.jobs(spec, device.threads)
     missing = [j for j in jobs if any(k not in dataset.rows for k in j.keys(device.threads))]
     where = (_cache(spec) if folder is None else folder).absolute()
     where.mkdir(parents=True, exist_ok=True)
@@ -188,7 +220,23 @@ def measure(
     limit = max(limit, time.monotonic() + (1 - BUILD_SHARE) * 60 * minutes)
     batches = [units[i : i + BATCH] for i in range(0, len(units), BATCH)]
     _Farm(dataset, device, batches, limit, report, say).run(hosts)
+    if meter is not None and meter.label is Label.MEASURED:
+        if len(hosts) > 1 or not hosts[0].here:
+            say(f"the meter {meter.name!r} is of this machine; energy of others is not measured")
+        else:
+            lacking = [
+                job
+                for job in (*wanted.metered(spec, device.threads), *(j for j in jobs if not j.rows))
+                if any(key not in dataset.rows for key in _energies(job, device.threads))
+            ]
+            found = _built(lacking, spec, device.threads, where, limit, count, report)
+            meter_units(dataset, found, hosts[0], meter, limit, report, say)
     return dataset
+
+
+def _energies(job: Job, threads: int) -> list[str]:
+    """Keys of the energies that a job gives."""
+    return job.keys(threads) if job.rows else [energy_key(key) for key in job.keys(threads)]
 
 
 def measure_on(
@@ -204,6 +252,7 @@ def measure_on(
     workers: int | None = None,
     folder: Path | None = None,
     source: Device | None = None,
+    meter: AbstractMeter | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> Dataset:
@@ -222,6 +271,7 @@ def measure_on(
         workers: See `measure`.
         folder: See `measure`.
         source: See `measure`.
+        meter: See `measure`.
         progress: See `measure`.
         say: See `measure`.
     """
@@ -246,6 +296,7 @@ def measure_on(
         workers=workers,
         folder=folder,
         source=source,
+        meter=meter,
         progress=progress,
         say=say,
     )
@@ -315,7 +366,8 @@ def _build(given: tuple[Job, TargetSpec, int, Path]) -> Unit:
     gc.disable()  # kernel text becomes large trees; looking for cycles in them takes long
     try:
         if job.rows:
-            return build_shard(job.name, job.rows, job.groups, spec, path)
+            copies = TOGETHER if job.name.startswith(METERED) else 1
+            return build_shard(job.name, job.rows, job.groups, spec, path, copies)
         return build_network(NETWORKS[job.name], spec, threads, path)
     finally:
         gc.enable()

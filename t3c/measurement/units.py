@@ -150,7 +150,12 @@ class Unit:
 
 
 def build_shard(
-    name: str, rows: Sequence[Row], groups: Sequence[str], spec: TargetSpec, path: Path
+    name: str,
+    rows: Sequence[Row],
+    groups: Sequence[str],
+    spec: TargetSpec,
+    path: Path,
+    copies: int = 1,
 ) -> Unit:
     """Compile layers into one unit.
 
@@ -160,11 +165,15 @@ def build_shard(
         groups: Of each row (`KernelRow.group`).
         spec: Target of the kernels.
         path: Folder to write.
+        copies: Of each layer, one after the other, with weights of its own; as many as a function
+            has layers, so that each function is of one layer alone.
 
     Raises:
         LoweringError: A kernel does not fit the target.
     """
     path.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows for _ in range(copies)]
+    groups = [group for group in groups for _ in range(copies)]
     layers = [Layer(row.site, row.format, row.codes) for row in rows]
     functions: list[Function] = []
     for shard in compile_shards(layers, TOGETHER, spec, path / "lib.so"):

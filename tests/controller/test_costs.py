@@ -11,8 +11,9 @@ import torch
 from t3c.controller.costs import check, site_costs, storage_bytes
 from t3c.controller.options import gate
 from t3c.controller.plan import menu_of, plan
+from t3c.core.budget import Budget, select
 from t3c.core.code_storage import CodeStorage
-from t3c.core.errors import TargetError
+from t3c.core.errors import InfeasibleBudget, TargetError
 from t3c.core.formats import Dense, Format, LowRank, at_most
 from t3c.core.gate import GateRow, Measured
 from t3c.core.objective import Goal, Mix, Objective
@@ -20,6 +21,7 @@ from t3c.core.profile import Label
 from t3c.core.sites import LinearSite, Site
 from t3c.cost_models import cost_model
 from t3c.cost_models.base import Row
+from t3c.cost_models.learned import LearnedModel, Metered
 from t3c.targets import get
 from t3c.targets.base import Roofline
 from t3c.targets.x86 import VNNI
@@ -169,3 +171,46 @@ def test_rows_that_no_output_depends_on_do_not_shape_the_factors() -> None:
     moment = collect(model, [(wild,)])["fc0"]
     assert moment.rows == half
     np.testing.assert_allclose(moment.total, x[:half].T @ x[:half], rtol=1e-4, atol=1e-4)
+
+
+METERED = replace(
+    LearnedModel.of(VNNI),
+    metered=Metered(
+        LearnedModel(
+            VNNI.roofline,
+            prior={"*": (1e-4, 0.0, 2e-12, 0.0, 1e-9, 0.0)},
+            network=(1.1, 1e-12, 1e-10, 1e-6, 1e-3),
+        ),
+        "rapl",
+    ),
+)
+"""A model of a device whose joules were metered."""
+
+
+@pytest.mark.parametrize("objective", [Objective.LATENCY, Objective.ENERGY])
+def test_metered_energy_decides_and_budgets_compare_it(objective: Objective) -> None:
+    model = block()
+    found = plan(
+        model,
+        more(model, 2),
+        VNNI,
+        profiles=3,
+        seconds=math.inf,
+        objective=objective,
+        model=METERED,
+    )
+    for profile in found.chain:
+        assert profile.energy is not None
+        assert profile.energy.label is Label.PREDICTED
+        layers = [Row(model.sites[n], f, 1, False) for n, f in profile.formats.items()]
+        joules = METERED.predict_network_energy(layers, found.fixed.rest)
+        assert profile.energy.joules == joules
+    energies = [p.energy_mj for p in found.chain if p.energy_mj is not None]
+    assert energies == sorted(energies)
+    middle = select(found.chain, Budget(energy_mj=energies[1]))
+    assert middle.name == found.chain.profiles[1].name
+    with pytest.raises(InfeasibleBudget, match="energy_mj"):
+        select(found.chain, Budget(energy_mj=0.9 * energies[0]))
+    if objective is Objective.ENERGY:
+        asked = [Row(model.sites[r.site], r.format) for r in found.gate]
+        assert [r.cost for r in found.gate] == METERED.predict_energy(asked)
