@@ -140,13 +140,27 @@ def writing(out: str | os.PathLike[str]) -> Generator[Path]:
     try:
         yield fresh
         check_replaceable(path)
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-        if path.exists():
-            os.rename(path, old / "artifact")
-        os.rename(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(path, fresh)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _replace(path: Path, fresh: Path) -> None:
+    """Put a folder in the place of another one, which comes back if that fails."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    old = aside / "artifact"
+    try:
+        with suppress(FileNotFoundError):
+            os.rename(path, old)
+        try:
+            os.rename(fresh, path)
+        except OSError:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            raise
+    finally:
+        if not old.exists() or path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,26 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None
 
     with pytest.raises(RuntimeError), writing(out) as folder:
         fail(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert Artifact.read(out).manifest.target.name == "x86"
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a"
+    with writing(out) as folder:
+        seal(folder, example())
+    rename = os.rename
+
+    def full(source: Path, target: Path) -> None:
+        if target == out and source.name != "artifact":
+            raise OSError("no space left")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", full)
+    with pytest.raises(OSError, match="no space left"), writing(out) as folder:
+        (folder / "new").write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert Artifact.read(out).manifest.target.name == "x86"
 
