@@ -60,7 +60,7 @@ def _upper(sorted_ratios: Seconds) -> float:
 def settle(
     profiles: Sequence[tuple[str, Mapping[str, Format]]], verdicts: Verdicts
 ) -> list[tuple[str, dict[str, Format]]]:
-    """The profiles with the dense form wherever a format does not win; still nested.
+    """The profiles with the largest one's dense form wherever a format does not win; still nested.
 
     Where a site turns dense in one profile it does in all larger ones; profiles that become equal
     are one, under the larger one's name.
@@ -70,10 +70,11 @@ def settle(
         verdicts: Of the formats.
     """
     dense: set[str] = set()
+    largest = profiles[-1][1]
     made: list[tuple[str, dict[str, Format]]] = []
     for name, formats in profiles:
         dense |= {site for site, fmt in formats.items() if _lost(verdicts, site, fmt)}
-        mine = {s: Dense(8) if s in dense else fmt for s, fmt in formats.items()}
+        mine = {s: largest[s] if s in dense else fmt for s, fmt in formats.items()}
         if made and made[-1][1] == mine:
             made.pop()
         made.append((name, mine))

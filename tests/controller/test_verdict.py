@@ -49,6 +49,13 @@ def test_what_does_not_win_turns_dense_in_larger_profiles_too(share: float) -> N
         assert all(at_most(small[s], large[s]) for s in small)
 
 
+def test_what_turns_dense_takes_the_width_of_the_largest() -> None:
+    seconds = {"a": np.ones(5)}
+    profiles: list[tuple[str, Formats]] = [("tiny", {"a": LowRank(16)}), ("max", {"a": Dense(4)})]
+    made = settle(profiles, judge(profiles, {"tiny": seconds, "max": seconds}))
+    assert made == [("max", {"a": Dense(4)})]
+
+
 def test_a_smaller_rank_that_wins_stays() -> None:
     made = settle(PROFILES, judge(PROFILES, times(a16=0.5, a32=1.1, b16=0.6)))
     assert [formats["a"] for _, formats in made] == [LowRank(16), Dense(), Dense()]
