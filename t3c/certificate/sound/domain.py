@@ -24,14 +24,15 @@ class Box:
 
     def __post_init__(self) -> None:
         """Refuse an empty, infinite or misshapen box."""
-        fits = self.low.shape == self.high.shape and self.low.dtype == self.high.dtype
-        if not fits or not bool((self.low <= self.high).all()):
+        if self.low.shape != self.high.shape or self.low.dtype != self.high.dtype:
             raise ValueError(
-                f"a box needs low <= high of one shape and dtype, got {tuple(self.low.shape)} and "
-                f"{tuple(self.high.shape)}"
+                f"a box needs ends of one shape and dtype, got {tuple(self.low.shape)} of "
+                f"{self.low.dtype} and {tuple(self.high.shape)} of {self.high.dtype}"
             )
         if not bool(self.low.isfinite().all() & self.high.isfinite().all()):
             raise ValueError("a box needs finite ends; clip the data, or give ends yourself")
+        if wrong := int((self.low > self.high).sum()):
+            raise ValueError(f"a box needs low <= high; {wrong} of {self.low.numel()} are not")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,7 @@ class Ball:
         """Refuse integers, and radii that are none."""
         if not self.center.is_floating_point() or not self.center.isfinite().all():
             raise ValueError(f"a ball needs a finite float centre, got {self.center.dtype}")
-        if not 0 <= self.radius < float("inf"):
-            raise ValueError(f"radius is {self.radius}; need a finite number, 0 or above")
+        _distance("radius", self.radius)
 
 
 Region = Box | Ball
@@ -92,10 +92,16 @@ class Domain:
         Args:
             batches: Flat inputs of calls.
             margin: How far beyond, as a share of each element's range; for floats only.
+
+        Raises:
+            ValueError: Values that are not finite, shapes that differ, or a margin below 0.
         """
         _some(batches)
+        _distance("margin", margin)
         regions: list[Region] = []
         for values in zip(*batches, strict=True):
+            if len(shapes := {tuple(v.shape) for v in values}) > 1:
+                raise ValueError(f"inputs of {sorted(shapes)}; a box needs one shape, the model's")
             every = torch.stack(values)
             low, high = every.amin(0), every.amax(0)
             if low.is_floating_point():
@@ -113,8 +119,12 @@ class Domain:
             batches: Flat inputs of calls.
             radius: Largest distance of floats.
             norm: ``max``: of each element; ``l2``: of all elements of an input together.
+
+        Raises:
+            ValueError: No such norm, or a radius that is no distance.
         """
         _some(batches)
+        _distance("radius", radius)
         if norm not in ("max", "l2"):
             raise ValueError(f"norm is {norm!r}; allowed are 'max' and 'l2'")
 
@@ -131,6 +141,11 @@ def _wider(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Ends one float further out: those given were rounded."""
     infinite = torch.full_like(low, float("inf"))
     return torch.nextafter(low, -infinite), torch.nextafter(high, infinite)
+
+
+def _distance(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} is {value}; need a finite number, 0 or above")
 
 
 def _some(batches: Sequence[tuple[Tensor, ...]]) -> None:

@@ -303,8 +303,21 @@ def test_domains_refuse_what_they_cannot_state() -> None:
         Box(torch.ones(2), torch.zeros(2))
     with pytest.raises(ValueError, match="finite ends"):
         Box(torch.zeros(2), torch.full((2,), float("inf")))
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        Box(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match="radius"):
         Ball(torch.zeros(2), -1.0)
+    x = torch.zeros(1, 2)
+    for bad in (-1.0, math.nan, math.inf):
+        for norm in ("max", "l2"):
+            with pytest.raises(ValueError, match=f"radius is {bad}"):
+                Domain.around([(x,)], bad, norm)
+        with pytest.raises(ValueError, match=f"margin is {bad}"):
+            Domain.of_data([(x,)], bad)
+    with pytest.raises(ValueError, match="finite ends; clip the data"):
+        Domain.of_data([(x,), (x * math.nan,)])
+    with pytest.raises(ValueError, match="needs one shape"):
+        Domain.of_data([(x,), (torch.zeros(2, 2),)])
 
 
 def test_corrected_statistics_are_refused_not_ignored() -> None:
