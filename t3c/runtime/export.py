@@ -33,7 +33,10 @@ def export(
     Raises:
         ArtifactError: The artifact is damaged, or `out` is something else.
         T3CError: There is no such profile.
+        TypeError: One name instead of a list.
     """
+    if isinstance(profiles, str):
+        raise TypeError(f"profiles is {profiles!r}; give a list of names, [{profiles!r}]")
     found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
     found.verify()
     known = {c.profile.name: c for c in found.manifest.profiles}

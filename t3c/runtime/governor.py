@@ -109,6 +109,8 @@ def govern(
             f"energy_mj={energy_mj:g} needs meter=, an object whose read() returns joules; "
             "set_budget(energy_mj=...) trusts the recorded energies"
         )
+    if not 50.0 <= percentile < 100.0:
+        raise ValueError(f"percentile is {percentile}; allowed are 50 to below 100")
     budget = Budget(
         latency_ms=latency_ms,
         energy_mj=energy_mj,

@@ -4,7 +4,7 @@ A percentile from one process does not hold in the next one: memory lies elsewhe
 of the processor has another history. So profiles are timed in several processes of their own, and
 the record is what the next process stays below (`t3c.core.conservative`).
 
-    python -m t3c.runtime.record FOLDER INPUTS.npz CALLS WARMUP [THREADS]     one such process
+    python -m t3c.runtime.record FOLDER INPUTS.safetensors CALLS WARMUP [THREADS]   one such process
 """
 
 import json
@@ -23,6 +23,7 @@ from t3c.core.conservative import RUNS, increasing, next_run
 from t3c.core.errors import T3CError
 from t3c.core.profile import Label, Timing
 from t3c.runtime.session import load
+from t3c.runtime.weights import Weights, write
 
 PROCESSES = 5
 CALLS = 60
@@ -101,9 +102,9 @@ def samples(
         T3CError: The process fails; the message ends with what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "inputs.npz"
+        file = Path(folder) / "inputs.safetensors"
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in inputs.items()}
-        np.savez(file, **arrays)
+        write(file, arrays)
         words = [str(artifact.path), str(file), str(calls), str(warmup)]
         words += [] if threads is None else [str(threads)]
         command = [sys.executable, "-m", "t3c.runtime.record", *words]
@@ -124,8 +125,7 @@ def main(words: Sequence[str]) -> None:
     """Measure and print; see the head of this file."""
     folder, file, calls, warmup, *threads = words
     session = load(folder, hashes=False, threads=int(threads[0]) if threads else None)
-    with np.load(file, allow_pickle=False) as stored:
-        inputs = dict(stored)
+    inputs = {name: np.array(value) for name, value in Weights(file).items()}
     names = [profile.name for profile in session.profiles]
     seconds = session.samples(names, inputs, int(calls), int(warmup))
     print(json.dumps({"seconds": seconds, "threads": session.threads}))

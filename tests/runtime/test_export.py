@@ -199,6 +199,8 @@ def test_unknown_and_missing_names_are_refused(large: Artifact, tmp_path: Path) 
         t3c.export(large, ["huge"], tmp_path / "out")
     with pytest.raises(T3CError, match="no profile was named"):
         t3c.export(large, [], tmp_path / "out")
+    with pytest.raises(TypeError, match=r"give a list of names, \['tiny'\]"):
+        t3c.export(large, "tiny", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -222,6 +222,8 @@ def test_what_cannot_be_governed_is_refused() -> None:
         govern(plant, energy_mj=3)
     with pytest.raises(ValueError, match="percentile is 100; allowed are 50 to below 100"):
         govern(plant, latency_ms=9, percentile=100)
+    with pytest.raises(ValueError, match="percentile is 500; allowed"):
+        govern(plant, energy_mj=9, meter=plant, percentile=500)
     for bad in (-1.0, math.nan):
         with pytest.raises(ValueError, match="latency_ms is"):
             govern(plant, latency_ms=bad)

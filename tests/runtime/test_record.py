@@ -30,6 +30,11 @@ def test_a_process_that_fails_says_why(artifact: Artifact) -> None:
         record.samples(artifact, {"y": toy.inputs()}, 3)
 
 
+def test_inputs_may_have_any_name(artifact: Artifact) -> None:
+    with pytest.raises(T3CError, match=r"(?s)failed: .*unknown input 'file'"):  # numpy's own word
+        record.samples(artifact, {"file": toy.inputs()}, 3)
+
+
 def test_recorded_times_cover_every_process_and_never_fall(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
