@@ -159,6 +159,8 @@ def lower(
     activations: str = "auto",
     objective: str | Mix | Sequence[str] = Objective.LATENCY,
     codes: str | CodeStorage = CodeStorage.NESTED,
+    keep: Sequence[str] = (),
+    share_roles: bool = False,
     cost_model: str | os.PathLike[str] | AbstractCostModel = "roofline",
     plan_seconds: float | None = None,
     table: str | os.PathLike[str] | None = None,
@@ -197,6 +199,10 @@ def lower(
         codes: How dense linear layers of 8 and of 4 bits are stored: ``nested``, one array for both
             widths, or ``independent``, one for each: dense profiles lose no more than dense
             quantization to that width alone, and the file is larger.
+        keep: Layers that stay dense int8 in every profile: roles (``head``, ``stem``, ``query``,
+            ``up``, ...; `t3c.elastic.roles.ROLES`), or globs over module paths.
+        share_roles: Whether layers of one role and shape have the same format in every profile
+            (but for those that measure slower than dense): fewer kernels, coarser choices.
         cost_model: Predicts times of layers while the chain is planned: a name
             (``t3c.cost_models.COST_MODELS``), the file of a model that ``t3c fit`` wrote, or a
             model. A fitted one must be of this device, or for a target that does not run here of
@@ -230,8 +236,8 @@ def lower(
         CostModelError: The cost model is damaged, stale, or of another device.
         LoweringError: The graph does not fit the target.
         T3CError: `table` is damaged, or of another model, data or menu.
-        ValueError: `activations` is none of the three, `objective` none of the four, or `codes`
-            neither of the two.
+        ValueError: `keep` names no layer, `activations` is none of the three, `objective` none of
+            the four, or `codes` neither of the two.
         ParityError: A profile does not compute what its torch reference computes.
     """
     if activations not in ACTIVATIONS:
@@ -285,6 +291,8 @@ def lower(
         objective=objective,
         progress=progress,
         **({} if table is None else {"table": Path(table)}),
+        **({"keep": tuple(keep)} if keep else {}),
+        **({"share": True} if share_roles else {}),
         **({} if codes is CodeStorage.NESTED else {"codes": codes}),
         **predict,
     )

@@ -200,6 +200,16 @@ def lower(
             "without a meter), or several, latency+bytes."
         ),
     ] = "latency",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            help="Role (head, stem, query, up, ...) or glob of layers that stay dense; repeatable.",
+        ),
+    ] = None,
+    share_roles: Annotated[
+        bool, typer.Option(help="Layers of one role and shape have one format in each profile.")
+    ] = False,
     codes: Annotated[
         Literal["nested", "independent"],
         typer.Option(help="Layers of 8 and of 4 bits: one array for both, or one for each."),
@@ -251,6 +261,8 @@ def lower(
                 activations=activations,
                 objective=goal,
                 codes=codes,
+                keep=keep or (),
+                share_roles=share_roles,
                 table=table,
                 cost_model=cost_model,
                 tune_minutes=tune_minutes,

@@ -539,6 +539,8 @@ def test_a_chain_for_bytes_is_proved_and_runs(tmp_path: Path) -> None:
 def test_an_objective_that_is_unknown_or_that_the_target_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="objective is 'speed'; allowed are 'latency'"):
         small(out=tmp_path / "net", objective="speed")
+    with pytest.raises(ValueError, match="keep names 'tail', which is no layer's role or path"):
+        small(out=tmp_path / "net", keep=["tail"])
     with pytest.raises(ValueError, match="codes is 'shared'; allowed are 'nested', 'independent'"):
         small(out=tmp_path / "net", codes="shared")
     without = replace(

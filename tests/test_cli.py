@@ -266,15 +266,18 @@ def test_lower_takes_a_callable(api: list[Any], artifact: Artifact, tmp_path: Pa
 
 def test_lower_takes_calibration_and_a_choice_of_layers(api: list[Any], tmp_path: Path) -> None:
     choice = ("--include", "a.*", "--include", "b.*", "--exclude", "*.head", "--profiles", 3)
-    done = call("lower", "some_models:calibrated", *choice, "--out", tmp_path / "o")
+    roles = ("--keep", "head", "--keep", "a.*", "--share-roles")
+    done = call("lower", "some_models:calibrated", *choice, *roles, "--out", tmp_path / "o")
     assert done.exit_code == 0, done.stderr
     kwargs = api[0][1]
     assert [tuple(x.shape for x in call) for call in kwargs["calibration"]] == [((1, 2),)] * 2
     assert (kwargs["include"], kwargs["exclude"]) == (["a.*", "b.*"], ["*.head"])
     assert kwargs["profiles"] == 3
+    assert (kwargs["keep"], kwargs["share_roles"]) == (["head", "a.*"], True)
     call("lower", "some_models:net", "--out", tmp_path / "o")
     kwargs = api[1][1]
     assert kwargs["table"] is None
+    assert (kwargs["keep"], kwargs["share_roles"]) == ((), False)
     assert (kwargs["calibration"], kwargs["include"], kwargs["exclude"]) == (None, ("*",), ())
 
 

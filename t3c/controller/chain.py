@@ -93,6 +93,34 @@ def path(options: Options, *, dense_first: bool = False) -> list[Plan]:
     return _walk(options, [s for phase in phases for s in sorted(phase, key=lambda s: s.price)])
 
 
+def together(options: Options, groups: Sequence[Sequence[str]]) -> Options:
+    """One entry for each group of sites, in the formats that all of them may have: costs add up.
+
+    Args:
+        options: What each site may become.
+        groups: Every site in one of them; the first names the group.
+    """
+    found: dict[str, list[Option]] = {}
+    for names in groups:
+        by_format = [{option.format: option for option in options[name]} for name in names]
+        found[names[0]] = [
+            Option(
+                fmt,
+                math.fsum(row[fmt].cost for row in by_format),
+                math.fsum(row[fmt].damage for row in by_format),
+            )
+            for fmt in by_format[0]
+            if all(fmt in row for row in by_format)
+        ]
+    return found
+
+
+def apart(plan: Plan, groups: Sequence[Sequence[str]]) -> Plan:
+    """A plan of groups as one of their sites."""
+    formats = {name: plan.formats[names[0]] for names in groups for name in names}
+    return Plan(formats, plan.cost, plan.damage)
+
+
 def last_dense(plans: Sequence[Plan]) -> int:
     """Place of the smallest plan whose sites are all dense."""
     return max(

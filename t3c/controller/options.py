@@ -1,6 +1,6 @@
 """What a site may become on a target: the menu, and the gate that keeps slower formats off it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from t3c.controller.costs import dense_costs, site_costs
@@ -82,6 +82,7 @@ def gate(
     four: bool = False,
     objective: Goal = Objective.LATENCY,
     stored: CodeStorage = CodeStorage.NESTED,
+    keep: Collection[str] = (),
 ) -> tuple[GateRow, ...]:
     """Every format of every site with its time and cost; kept where it costs less than dense.
 
@@ -98,6 +99,7 @@ def gate(
         four: Whether the target has kernels of 4-bit weights.
         objective: What a format costs.
         stored: How dense codes of 8 and of 4 bits are stored.
+        keep: Sites that stay dense, in 8 bits.
     """
     rows: list[GateRow] = []
     eight = [Row(site, Dense(8), threads, codes) for site in sites.values()]
@@ -107,6 +109,7 @@ def gate(
         prices = partial(site_costs, objective, site, codes=stored, whole=whole)
         thin = four and isinstance(site, LinearSite) and _halves(site, model, threads, prices)
         menu = formats(site, step, shares, cp=(cp or {}).get(name, 0), four=thin)
+        menu = menu[:1] if name in keep else menu
         asked = [Row(site, fmt, threads, codes) for fmt in menu]
         times = model.predict(asked)
         costs = prices(menu, times, joules=model.predict_energy(asked))

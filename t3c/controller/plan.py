@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from t3c.core.sites import LinearSite, Site
 from t3c.cost_models import AbstractCostModel, cost_model
 from t3c.cost_models.base import Row, Work
 from t3c.elastic.model import ElasticModel
+from t3c.elastic.roles import alike, matching
 from t3c.targets.base import TargetSpec
 
 SECONDS = 30.0
@@ -131,6 +132,8 @@ def plan(
     static: bool | None = None,
     objective: Goal = Objective.LATENCY,
     codes: CodeStorage = CodeStorage.NESTED,
+    keep: Sequence[str] = (),
+    share: bool = False,
     table: Path | None = None,
     swaps: int = 0,
     progress: Progress | None = None,
@@ -150,6 +153,9 @@ def plan(
             tensors flow between them; None: where the target's kernels can.
         objective: The cost that every step of the chain shall save.
         codes: How dense codes of 8 and of 4 bits are stored, where a layer may have both.
+        keep: Layers that stay dense int8 in every profile: roles (`t3c.elastic.roles`) or globs
+            over paths.
+        share: Whether layers of one role and shape always have the same format.
         table: File of the damage table; a table there that is not finished is gone on with. Then
             `seconds` of None lets everything be measured, on `TABLE_BATCHES` batches at most; else
             what there was no time for is estimated, and measured by a later run. None: no file.
@@ -161,13 +167,17 @@ def plan(
         T3CError: No batches, values that are not finite, or `table` is damaged or of another
             model, data or menu.
         TargetError: `static` or `objective` asks for kernels that the target does not have.
-        ValueError: `profiles` is below 1, or `swaps` below 0.
+        ValueError: `profiles` is below 1, `swaps` below 0 or asked for beside `share`, or `keep`
+            names nothing.
     """
     if profiles < 1:
         raise ValueError(f"{profiles} profiles wanted; a chain has at least 1")
     if swaps < 0:
         raise ValueError(f"swaps is {swaps}; allowed are 0 and above")
+    if swaps and share:
+        raise ValueError(f"swaps={swaps} give layers of one role different formats; leave out one")
     check(objective, spec)
+    dense = matching(elastic, keep)
     progress = silent if progress is None else progress
     if table is not None:
         verify(table)  # before the work, not after it
@@ -190,6 +200,7 @@ def plan(
         codes=static,
         objective=objective,
         stored=codes,
+        keep=dense,
     )
     menu: Menu = {
         name: [d.format for d in decisions if d.site == name and d.kept] for name in elastic.sites
@@ -226,12 +237,16 @@ def plan(
         if static:
             elastic.set_grids(fit_grids(elastic, batches, bits))
     options = options_of(decisions, damages)
-    path = search.path(options, dense_first=objective is Objective.BYTES)
+    groups = alike(elastic) if share else [(name,) for name in elastic.sites]
+    choices = search.together(options, groups)
+    path = search.path(choices, dense_first=objective is Objective.BYTES)
     if len(path) < profiles:
-        path = search.fine_path(options)
+        path = search.fine_path(choices)
     through = search.last_dense(path) if objective is Objective.BYTES else 0
-    plans = search.cut(path, profiles, through=through)
+    plans = [search.apart(p, groups) for p in search.cut(path, profiles, through=through)]
     notes = []
+    if dense:
+        notes.append(f"{len(dense)} layers stay dense int8, as asked: {_listed(sorted(dense))}")
     if swaps:
         swapped = improve(plans, options, drift_on(elastic, held[:SWAP_BATCHES]), swaps, progress)
         plans = list(swapped.plans)
@@ -285,6 +300,11 @@ def plan(
         objective=objective,
         codes=codes,
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few, in words."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def options_of(gate: Sequence[GateRow], table: DamageTable) -> dict[str, list[search.Option]]:
@@ -375,6 +395,7 @@ def menu_of(
     codes: bool = False,
     objective: Goal = Objective.LATENCY,
     stored: CodeStorage = CodeStorage.NESTED,
+    keep: Collection[str] = (),
 ) -> tuple[GateRow, ...]:
     """The coarse menu, or every rank where the coarse one is too small for that many profiles."""
     cp = {n: (x.fit_ranks(CP) or (0,))[0] for n, x in elastic.layers.items() if kind_of(x) is CP}
@@ -391,6 +412,7 @@ def menu_of(
             four=has_four_bits(spec),
             objective=objective,
             stored=stored,
+            keep=keep,
         )
 
     coarse = rows(SHARES if objective is Objective.LATENCY else COUNTED)

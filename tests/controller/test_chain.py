@@ -10,6 +10,7 @@ from t3c.controller.chain import (
     DRIFT_MAX,
     SHARE_OF_MAX,
     Option,
+    apart,
     cut,
     falling,
     fine_path,
@@ -17,6 +18,7 @@ from t3c.controller.chain import (
     last_dense,
     path,
     tiny,
+    together,
 )
 from t3c.core.formats import Dense, LowRank, at_most
 
@@ -50,6 +52,24 @@ def test_chains_are_nested_distinct_and_strictly_cheaper_downwards(
             assert small.formats != large.formats
             assert all(at_most(small.formats[s], large.formats[s]) for s in menu)
         assert all(fmt == Dense(8) for fmt in plans[-1].formats.values())
+
+
+@settings(max_examples=50, deadline=None)
+@given(menus(), st.integers(1, 3))
+def test_groups_have_one_format_and_what_their_sites_cost_and_damage(
+    menu: dict[str, list[Option]], size: int
+) -> None:
+    names = list(menu)
+    groups = [names[i : i + size] for i in range(0, len(names), size)]
+    plans = [apart(p, groups) for p in path(together(menu, groups))]
+    for small, large in itertools.pairwise(plans[::-1]):
+        assert small.cost < large.cost
+        assert all(at_most(small.formats[s], large.formats[s]) for s in names)
+    for plan in plans:
+        assert all(len({plan.formats[s] for s in group}) == 1 for group in groups)
+        chosen = [next(o for o in menu[s] if o.format == plan.formats[s]) for s in names]
+        assert plan.cost == pytest.approx(math.fsum(o.cost for o in chosen))
+        assert plan.damage == pytest.approx(math.fsum(o.damage for o in chosen))
 
 
 @settings(max_examples=100, deadline=None)

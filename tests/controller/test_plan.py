@@ -79,6 +79,21 @@ def test_a_network_is_predicted_as_a_whole_with_its_interval_where_a_model_knows
         assert timing.label is Label.PREDICTED
 
 
+def test_layers_of_a_role_share_formats_and_those_that_are_kept_stay_dense() -> None:
+    model = mlp()
+    found = plan(model, more(model, 1), STEEP, seconds=0.1, share=True, keep=["head", "*c0"])
+    for profile in found.chain:
+        assert profile.formats["head"] == profile.formats["fc0"] == Dense(8)
+        assert profile.formats["fc1"] == profile.formats["fc2"]
+    assert found.chain.profiles[0].formats["fc1"] != Dense(8)
+    assert {row.format for row in found.gate if row.site == "head"} == {Dense(8)}
+    assert "2 layers stay dense int8, as asked: fc0, head" in found.notes
+    with pytest.raises(ValueError, match=r"'tail', which is no .* roles here are .*head \(1\)"):
+        plan(model, more(model, 1), STEEP, keep=["tail"])
+    with pytest.raises(ValueError, match="swaps=3 give layers of one role different formats"):
+        plan(model, more(model, 1), STEEP, share=True, swaps=3)
+
+
 def test_drift_rises_downwards_and_every_format_runs(planned: tuple[ElasticModel, Plan]) -> None:
     model, found = planned
     drifts = [found.drift[p.name] for p in found.chain]
