@@ -19,8 +19,19 @@ from t3c.core.errors import TargetError
 from t3c.core.profile import Label
 from t3c.cost_models.base import Row, Work
 from t3c.cost_models.energy import EnergyModel
+from t3c.cost_models.rails import (
+    HWMON,
+    AbstractPower,
+    HwmonPower,
+    Integral,
+    JtopPower,
+    permit,
+    rails_of,
+)
 
 POWERCAP = Path("/sys/class/powercap")
+LEAST_PERIODS = 10
+"""Updates of a counter that a measurement takes at least."""
 _DOMAINS = ("package", "dram")
 """Zones that together are a processor with its memory; cores are part of their package."""
 
@@ -158,6 +169,52 @@ class NvmlMeter(AbstractMeter):
         return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device))
 
 
+class _RailsMeter(AbstractMeter):
+    """Rails of a Jetson: everything on the module, sampled by a thread."""
+
+    label: ClassVar[Label] = Label.MEASURED
+
+    def __init__(self, power: AbstractPower) -> None:
+        """Begin to sample."""
+        self._sum = Integral(power, self.period_s)
+
+    def read(self) -> float:
+        """See `AbstractMeter`."""
+        return self._sum.read()
+
+    def close(self) -> None:
+        """Stop sampling."""
+        self._sum.close()
+
+
+@final
+class HwmonMeter(_RailsMeter):
+    """The INA3221 itself.
+
+    Source of the period: reading a rail takes two transfers of I2C, some tenths of a ms each; the
+    chip converts in 1.1 ms a channel, averaged as the board's driver sets it.
+    """
+
+    name: ClassVar[str] = "rails"
+    period_s: ClassVar[float] = 0.01
+
+    def __init__(self, root: Path = HWMON) -> None:
+        """Find the rails; see `HwmonPower`."""
+        super().__init__(HwmonPower(root))
+
+
+@final
+class JtopMeter(_RailsMeter):
+    """The service of jetson-stats. Source of the period: what we ask of it; it samples for all."""
+
+    name: ClassVar[str] = "jtop"
+    period_s: ClassVar[float] = 0.5
+
+    def __init__(self, library: Any = None) -> None:
+        """Connect; see `JtopPower`."""
+        super().__init__(JtopPower(library, self.period_s))
+
+
 @final
 @dataclass(slots=True)
 class EstimatedMeter(AbstractMeter):
@@ -207,15 +264,30 @@ def weight_bytes(row: Row) -> int:
     return elements // 2 + 2 * elements // GROUP if row.format.bits == 4 else elements
 
 
-def best_meter(root: Path = POWERCAP) -> AbstractMeter:
-    """What this machine has, best first: its counters, a GPU's, else the estimate."""
+def best_meter(root: Path = POWERCAP, hwmon: Path = HWMON) -> AbstractMeter:
+    """What this machine has, best first: its counters, its rails, a GPU's, else the estimate."""
+    if (found := processor_meter(root, hwmon)) is not None:
+        return found
+    try:
+        return NvmlMeter()
+    except TargetError:
+        return EstimatedMeter()
+
+
+def processor_meter(root: Path = POWERCAP, hwmon: Path = HWMON) -> AbstractMeter | None:
+    """What sees the processor work: its counters, or a Jetson's rails; None: nothing does."""
     zones = rapl_zones(root)
-    for make in (lambda: RaplMeter(zones), NvmlMeter):
+    makers: tuple[Callable[[], AbstractMeter], ...] = (
+        lambda: RaplMeter(zones),
+        JtopMeter,
+        lambda: HwmonMeter(hwmon),
+    )
+    for make in makers:
         try:
             return make()
         except TargetError:
             continue
-    return EstimatedMeter()
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +307,7 @@ class Access:
     advice: str = ""
 
 
-def access(root: Path = POWERCAP) -> list[Access]:
+def access(root: Path = POWERCAP, hwmon: Path = HWMON) -> list[Access]:
     """Every kind of meter, and what it lacks."""
     found = []
     zones = rapl_zones(root)
@@ -254,7 +326,27 @@ def access(root: Path = POWERCAP) -> list[Access]:
         found.append(Access("nvml", True, "GPU 0"))
     except TargetError as error:
         found.append(Access("nvml", False, "none", str(error)))
-    return found
+    return [*found, _rails_access(hwmon)]
+
+
+def _rails_access(root: Path) -> Access:
+    """Jetson's rails, by the library or by Linux's files."""
+    try:
+        power: AbstractPower = JtopPower()
+        power.close()
+        return Access("rails", True, "jetson-stats")
+    except TargetError as error:
+        library = str(error)
+    rails = rails_of(root)
+    if not rails:
+        return Access("rails", False, "none: no Jetson", f"on a Jetson: {library}")
+    closed = [p for pair in rails.values() for p in pair if not os.access(p, os.R_OK)]
+    if closed:
+        return Access("rails", False, f"{closed[0]}: no right to read", permit(closed[0]))
+    try:
+        return Access("rails", True, " + ".join(HwmonPower(root).names))
+    except TargetError as error:
+        return Access("rails", False, ", ".join(rails), str(error))
 
 
 def per_call(
@@ -271,15 +363,20 @@ def per_call(
         meter: What measures.
         run: One call.
         error: Share of the energy that a tick of the counter may be.
-        most_s: Seconds to go on at most; a slow counter then costs precision.
+        most_s: Seconds to go on at most; a slow counter then costs precision, a tenth at most.
         clock: Seconds, rising.
 
     Raises:
         ValueError: `error` is no share.
-        TargetError: The counter stands still.
+        TargetError: The counter stands still, or is too slow for `most_s`.
     """
     if not 0 < error < 1:
         raise ValueError(f"error is {error}; write a share such as 0.01")
+    if most_s < LEAST_PERIODS * meter.period_s:
+        raise TargetError(
+            f"{meter.name} is updated every {meter.period_s:g} s; {most_s:g} s are too short for "
+            f"it, {LEAST_PERIODS * meter.period_s:g} s are the least"
+        )
     window = min(most_s, meter.period_s / error)
     first = _tick(meter, clock) if meter.period_s else meter.read()
     start, calls = clock(), 0

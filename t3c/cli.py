@@ -707,7 +707,7 @@ def measure(
                 key=key,
                 plan=plan,
                 source=source,
-                meter=import_module("t3c.cost_models.meters").best_meter() if energy else None,
+                meter=import_module("t3c.cost_models.meters").processor_meter() if energy else None,
                 progress=progress,
                 say=console.remark,
             )
