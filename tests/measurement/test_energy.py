@@ -156,7 +156,7 @@ def test_what_is_metered_is_what_the_device_used_whatever_the_counter_does(
     assert again.rows == metered.rows
 
 
-def test_energy_of_new_layers_and_networks_is_predicted_within_the_noise(
+def test_energy_of_new_layers_and_networks_is_predicted_to_a_few_times_the_noise(
     model: LearnedModel,
 ) -> None:
     rows = [row for row, _ in design(150, VNNI.rank_step, seed=9)]
