@@ -8,10 +8,9 @@ is the same for all profiles to first order, so that a small profile tells what 
 take: going up needs no trial under load. Its stated percentile over the last calls is compared
 with the room that the budget leaves each profile.
 
-Down is quick, up has two ways. After a clear fall of the slowdown (a load has ended) all calls of
-the last second, but for a share of those that the percentile allows, must fit. Otherwise a device
-only wanders: its envelope counts, which rises with the slowdown and sinks slowly, and a long time
-passes between switches.
+Down is quick, up has two ways. A load has ended when the slowdown fell clearly and the profile that
+ran before the load fits again. Otherwise a device only wanders: its envelope counts, which rises
+with the slowdown and sinks slowly, and a long time passes between switches.
 """
 
 import math
@@ -43,11 +42,13 @@ class Law:
         up: The same for a larger profile while the slowdown wanders, on its envelope.
         back: The same after a clear fall.
         better: A slowdown of at most this share of the envelope is a clear fall.
-        sure: Share of the calls allowed above the percentile that may be over after a clear fall.
-        settle_s: The profile to go back to must stay the same for this time.
+        settle_s: After a clear fall the profile that fits must stay the same for this time.
+        doubt_s: The same where it is smaller than the one before the load: a lull of a load looks
+            like that.
         memory_s: Time in which the envelope sinks to a third of the way.
         dwell_s: Time after a switch before going up.
-        patience_s: The same without a clear fall.
+        patience_s: The same without a clear fall. A profile that was kept for so long is the one
+            before a load.
         trial_s: A switch up that is taken back within this time, or `keep` calls, has failed; a
             second switch down within it goes one profile further.
         hold_s: Time without going up after a failure; doubles with each further one, halves with
@@ -65,13 +66,13 @@ class Law:
     up: float = 1.04
     back: float = 1.02
     better: float = 0.9
-    sure: float = 0.5
-    settle_s: float = 0.4
+    settle_s: float = 0.25
+    doubt_s: float = 2.0
     memory_s: float = 8.0
     dwell_s: float = 0.25
     patience_s: float = 8.0
     trial_s: float = 3.0
-    hold_s: float = 1.0
+    hold_s: float = 2.0
     longest_hold_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -84,6 +85,7 @@ class Law:
         for name in (
             "horizon_s",
             "settle_s",
+            "doubt_s",
             "memory_s",
             "dwell_s",
             "patience_s",
@@ -98,11 +100,8 @@ class Law:
                 "need 1 <= down <= back <= up <= below, got "
                 f"{self.down}, {self.back}, {self.up} and {self.below}"
             )
-        for name in ("better", "sure"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; give a share above 0 and at most 1"
-                )
+        if not 0.0 < self.better <= 1.0:
+            raise ValueError(f"better is {self.better}; give a share above 0 and at most 1")
 
 
 @final
@@ -230,7 +229,7 @@ class Loop:
         self._failed_at = 0.0
         self._hold = self._law.hold_s
         self._hold_until = -math.inf
-        self._home = -1
+        self._former = self._home = -1
         self._home_since = -math.inf
         self.ups = self.downs = self.failed = 0
         self.index = self.fitting(1.0, self._most)
@@ -293,17 +292,9 @@ class Loop:
         over: leaving a profile for what none avoids gives up accuracy for nothing.
         """
         allowed = window.above_allowed()
-        return self._excused(window, allowed, allowed + max(2, allowed // 2))
-
-    def _few(self, window: Window) -> int:
-        """So many may lie over it after a clear fall."""
-        allowed = window.above_allowed()
-        few = int(self._law.sure * allowed)
-        return self._excused(window, few, few + allowed // 2)
-
-    def _excused(self, window: Window, allowed: int, most: int) -> int:
         hopeless = window.above(self._budget / self._costs[self._least])
-        return max(allowed, min(hopeless, most, len(window) - 1))
+        most = min(allowed + max(2, allowed // 2), len(window) - 1)
+        return max(allowed, min(hopeless, most))
 
     def _sink(self, now_s: float, tail: float) -> None:
         """Let the envelope rise to the slowdown, or sink a little towards it."""
@@ -322,6 +313,8 @@ class Loop:
             self._failed_at = self._believed
         elif self._direction < 0 and now_s - self._switched < law.trial_s:
             target = max(self._least, target - 1)
+        kept = now_s - self._switched >= law.patience_s
+        self._former = self.index if kept else max(self._former, self.index)
         self.downs += 1
         self._envelope = tail
         self._switch(now_s, target, -1)
@@ -334,21 +327,23 @@ class Loop:
         if now_s < self._hold_until and tail > law.better * self._failed_at:
             return
         target = self.index
-        if waited >= law.patience_s:
-            target = self.fitting(self._envelope * law.up, self._most)
-        surely = recent.tail(self._few(recent))
-        if surely <= law.better * self._envelope:
-            home = self.fitting(surely * law.back, self._most)
+        if tail <= law.better * self._envelope:
+            home = self.fitting(tail * law.back, self._most)
             if home != self._home:
                 self._home, self._home_since = home, now_s
-            if now_s - self._home_since >= law.settle_s:
-                target = max(target, home)
+            wait = law.settle_s if home >= self._former else law.doubt_s
+            if now_s - self._home_since >= wait:
+                target = home
         else:
             self._home = -1
+            if waited >= law.patience_s:
+                target = self.fitting(self._envelope * law.up, self._most)
         if target <= self.index:
             return
         self._window.keep_last(len(recent))  # what is older is over
         self.ups += 1
+        if target >= self._former:
+            self._former = -1
         self._believed = tail
         self._switch(now_s, target, 1)
 
