@@ -16,7 +16,6 @@ go to transfer.json beside this file.
 import argparse
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,6 @@ def main() -> None:
     for name in options.device:
         target, threads = DEVICES[name]
         rows = HERE / "results" / f"transfer_{name}.jsonl"
-        start = time.monotonic()
         if not options.judge:
             measure_on(
                 "local",
@@ -78,9 +76,7 @@ def main() -> None:
                 say=told.append,
             )
         if not options.measure:
-            measured = time.monotonic() - start
-            judged = judge(Dataset.read(OLD), Dataset.read(rows), targets.get(target))
-            found[name] = {"measured_in_s": round(measured, 1), **judged}
+            found[name] = judge(Dataset.read(OLD), Dataset.read(rows), targets.get(target))
     if options.measure:
         print(*told, sep="\n")
         return
@@ -88,7 +84,6 @@ def main() -> None:
         "schema": 1,
         "what": "on shapes and networks of the new device that no model has seen: error and rank "
         f"correlation of predicted medians, share of intervals that hold; mean of {DRAWS} draws",
-        "command": "python -m benchmarks.transfer",
         "machine": machine.describe(),
         "told": told,
         "devices": found,

@@ -57,6 +57,11 @@ BLEND = 0.02
 INSIDE, OUTSIDE = 0.1, 0.5
 """Standard deviations of the factors of a network's layers and of everything else."""
 NETWORK_NOISE = 0.05
+STUDENT_95 = {3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860}
+"""95 % points of Student's t by degrees of freedom: networks, whose errors have the mean 0.
+
+Source: tables of the t distribution (NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2).
+"""
 STEPS = 12
 FOLDS = 10
 """Parts of the shapes, each left out once; with fewer shapes, one by one."""
@@ -323,14 +328,29 @@ def _networks(
         out = np.array([n == name for n in names])
         weights = _composed(start, parts[~out], times[~out])
         errors[out] = np.abs(np.log(parts[out] @ weights) - np.log(times[out]))
-    several = len(set(names)) > 2
-    width, label = _width(errors) if several else (ASSUMED, Label.ESTIMATED)
+    width, label = _network_width(errors, names)
     return replace(
         model,
         network=tuple(_composed(start, parts, times).tolist()),
         network_spread=width,
         network_spread_label=label,
     )
+
+
+def _network_width(errors: Numbers, names: Sequence[str]) -> tuple[float, Label]:
+    """Half-width of networks' intervals; profiles of one network err alike and count as one.
+
+    With fewer than nine networks it is Student's prediction interval of their largest errors, which
+    takes these to be normal: an estimate.
+    """
+    worst = [float(errors[[n == name for n in names]].max()) for name in dict.fromkeys(names)]
+    count = len(worst)
+    if count > max(STUDENT_95):
+        return _width(errors)
+    if count not in STUDENT_95:
+        return ASSUMED, Label.ESTIMATED
+    size = math.sqrt(math.fsum(e**2 for e in worst) / count)
+    return min(ASSUMED, STUDENT_95[count] * size * math.sqrt(1 + 1 / count)), Label.ESTIMATED
 
 
 def _composed(start: Numbers, parts: Numbers, times: Numbers) -> Numbers:

@@ -123,6 +123,9 @@ def test_intervals_come_from_rows_of_the_new_device_or_say_that_they_are_assumed
     assert (none.spread, none.spread_label) == (ASSUMED, Label.ESTIMATED)
     assert none.network_spread_label is Label.ESTIMATED
     assert moved.spread_label is moved.network_spread_label is Label.MEASURED
+    several = transfer(base, other(8), other_profiles()[:4], VNNI, OTHER)
+    assert several.network_spread_label is Label.ESTIMATED
+    assert 0 < several.network_spread < ASSUMED
     new = other(150, seed=21)
     held = [
         low <= k.seconds.p50_s <= high
