@@ -1,4 +1,5 @@
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -6,11 +7,13 @@ import pytest
 from t3c import targets
 from t3c.core.errors import CostModelError, TargetError
 from t3c.core.formats import Dense
+from t3c.core.profile import Label
 from t3c.cost_models.dataset import Dataset, kernel_key
 from t3c.cost_models.design import design
 from t3c.cost_models.device import this_device
 from t3c.cost_models.features import kind_of
-from t3c.measurement import run
+from t3c.cost_models.meters import AbstractMeter, EstimatedMeter
+from t3c.measurement import energy, run
 from t3c.measurement.hosts import Host, connect
 from t3c.measurement.run import Plan, frequency, measure, measure_on, sample
 from t3c.measurement.zoo import NETWORKS
@@ -196,3 +199,39 @@ def test_few_layers_are_spread_over_kinds_and_the_head_says_whose_model_they_ada
         say=print,
     )
     assert Dataset.read(found.path).source == source
+
+
+@dataclass
+class Watts(AbstractMeter):
+    """Ten watts, counted every ms."""
+
+    name = "invented"
+    label = Label.MEASURED
+    period_s = 1e-3
+
+    def read(self) -> float:
+        return 10 * int(time.monotonic() / self.period_s) * self.period_s
+
+
+@pytest.mark.slow
+def test_a_meter_on_this_machine_gives_joules_of_every_layer_and_is_gone_on_with(
+    measured: Dataset, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(measured.path.read_bytes())
+    monkeypatch.setattr(energy, "ERROR", 0.1)
+    more = {"plan": LAYERS, "workers": 0, "folder": folder / "units", "say": print}
+    found = measure_on("local", path, meter=Watts(), **more)  # type: ignore[arg-type]
+    assert found.meter == ("invented", Label.MEASURED)
+    assert {e.row for e in found.kernel_energies} == {k.row for k in found.kernels}
+    seconds = {k.row: k.seconds.p50_s for k in found.kernels}
+    for one in found.kernel_energies:
+        assert 0.3 < one.energy.joules / (10 * seconds[one.row]) < 30
+    monkeypatch.setattr(run, "_build", refuse)
+    units: list[int] = []
+    monkeypatch.setattr(run, "meter_units", lambda _, found, *__: units.append(len(found)))
+    again = measure_on("local", path, meter=Watts(), **more)  # type: ignore[arg-type]
+    assert again.rows == found.rows
+    assert units == [0]
+    alone = measure_on("local", path, meter=EstimatedMeter(), **more)  # type: ignore[arg-type]
+    assert alone.rows == found.rows
