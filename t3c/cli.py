@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -778,6 +778,7 @@ def fit(
             model = move.transfer(
                 base, data.kernels, data.profiles, spec, data.device, any_family=any_family
             )
+            model = replace(model, metered=learned.learn_energy(data, spec))
             model.save(out)
             judge_it = partial(judge.transfer_report, base, data, spec, any_family=any_family)
         if data.meter is not None and model.metered is None:

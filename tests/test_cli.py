@@ -25,7 +25,7 @@ from t3c.core.errors import (
 )
 from t3c.core.manifest import Manifest, TargetInfo
 from t3c.core.profile import Label, Timing
-from t3c.cost_models.dataset import Dataset
+from t3c.cost_models.dataset import Dataset, Joules, KernelEnergy
 from t3c.cost_models.learned import LearnedModel
 from t3c.runtime import record
 from t3c.runtime.policy import keep
@@ -483,11 +483,14 @@ def test_few_rows_adapt_the_model_of_another_device(tmp_path: Path) -> None:
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     LearnedModel.learn(dataset(tmp_path / "old.jsonl", 60, 4), VNNI).save(old)
     few = Dataset.open(tmp_path / "few.jsonl", replace(DEVICE, cpu="Other"), print, DEVICE)
-    few.append(kernels(6), few.device)
+    metered = KernelEnergy(kernels(1)[0].row, Joules(1e-3, "rapl"))
+    few.append([*kernels(6), metered], few.device)
     found = call("fit", few.path, "-o", new, "--transfer-from", old, "--json")
     assert found.exit_code == 0, found.output
     assert "other device, one factor" in json.loads(found.stdout)["scores"]["kernels"]
+    assert "1 kernels and 0 networks are metered" in found.stderr
     model = LearnedModel.load(new)
+    assert model.metered is None
     assert model.device == few.device
     assert model.base is not None
     assert model.base.device == DEVICE

@@ -229,7 +229,14 @@ def measure(
                 for job in (*wanted.metered(spec, device.threads), *(j for j in jobs if not j.rows))
                 if any(key not in dataset.rows for key in _energies(job, device.threads))
             ]
-            found = _built(lacking, spec, device.threads, where, limit, count, report)
+            now = time.monotonic()
+            until = now + BUILD_SHARE * (limit - now)
+            found = _built(lacking, spec, device.threads, where, until, count, report)
+            if len(found) < len(lacking):
+                say(
+                    f"{len(lacking) - len(found)} of {len(lacking)} units to meter were not built "
+                    "in time; run again to go on"
+                )
             meter_units(dataset, found, hosts[0], meter, limit, report, say)
     return dataset
 

@@ -220,6 +220,10 @@ def test_a_meter_on_this_machine_gives_joules_of_every_layer_and_is_gone_on_with
     path = tmp_path / "rows.jsonl"
     path.write_bytes(measured.path.read_bytes())
     monkeypatch.setattr(energy, "ERROR", 0.1)
+    told: list[str] = []
+    early = {"plan": LAYERS, "workers": 0, "folder": folder / "units", "say": told.append}
+    measure_on("local", path, meter=Watts(), minutes=1e-9, **early)  # type: ignore[arg-type]
+    assert told == ["1 of 1 units to meter were not built in time; run again to go on"]
     more = {"plan": LAYERS, "workers": 0, "folder": folder / "units", "say": print}
     found = measure_on("local", path, meter=Watts(), **more)  # type: ignore[arg-type]
     assert found.meter == ("invented", Label.MEASURED)
