@@ -51,9 +51,34 @@ class Eora(AbstractFactorizer):
         ranks: Ranks | None,
     ) -> Factors:
         """The values of the base's codes, and the branch in the metric of inputs and outputs."""
-        base = torch.from_numpy(self.base(weight, moment).dequantize()).to(weight.device)
-        lost = weight.detach().flatten(1).float() - base
-        return {"base": base, **weighed(lost, moment, gains, ranks, self.damping)}
+        return self.repair(weight, self.base(weight, moment), moment, gains=gains, ranks=ranks)
+
+    def repair(
+        self,
+        weight: Tensor,
+        base: Grouped,
+        moment: Tensor | None = None,
+        *,
+        gains: Tensor | None = None,
+        ranks: Ranks | None = None,
+    ) -> Factors:
+        """As `split`, of codes that are there already.
+
+        Args:
+            weight: [n, k].
+            base: Its codes of 4 bits, however they were chosen.
+            moment: Second moment of the inputs [k, k]; None: identity.
+            gains: Which output directions matter, [n, n]; None: identity.
+            ranks: Largest rank wanted; None: all.
+
+        Raises:
+            ValueError: The codes do not fit the weight.
+        """
+        w = weight.detach().flatten(1).float()
+        if base.q.shape != tuple(w.shape):
+            raise ValueError(f"codes are {base.q.shape}; this weight needs {tuple(w.shape)}")
+        values = torch.from_numpy(base.dequantize()).to(w.device)
+        return {"base": values, **weighed(w - values, moment, gains, ranks, self.damping)}
 
     def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
         """Base + high[:, :r] low[:r]; rank 0 is the base."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from t3c.core.codes import quantize_groups
 from t3c.elastic.factorize.base import damped, second_moment
 from t3c.elastic.factorize.eora import EORA
 from t3c.elastic.rounding import round_groups
@@ -20,6 +21,16 @@ def test_rank_zero_is_the_dense_4_bit_weight_bit_for_bit() -> None:
     factors = EORA.split(w, moment)
     codes = round_groups(w, moment, search=True)
     assert torch.equal(EORA.merge(factors, (0,)), torch.from_numpy(codes.dequantize()))
+
+
+def test_codes_that_are_there_are_repaired_as_they_are() -> None:
+    w, moment = _layer()
+    codes = quantize_groups(w.numpy())
+    factors = EORA.repair(w, codes, moment)
+    assert torch.equal(factors["base"], torch.from_numpy(codes.dequantize()))
+    torch.testing.assert_close(EORA.merge(factors), w, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"codes are \(48, 130\); this weight needs \(48, 129\)"):
+        EORA.repair(w[:, :129], codes)
 
 
 def test_more_ranks_leave_the_base_alone() -> None:
