@@ -387,12 +387,13 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
         plot.errorbar(
             [r[of] for r in rows], [r["drift"] for r in rows], fmt="o-", label=label, **bars
         )
+    hollow = {"color": "0.2", "fillstyle": "none", "markersize": 10, "zorder": 4}
     for plot, of, label in (
         (panels[0], "macs_share", "multiply-adds of linear layers / dense"),
         (panels[1], "megabytes", "linear layers, MB"),
     ):
         for row, marker in zip(result["dense"], "sD^v", strict=True):
-            plot.plot(row[of], row["drift"], marker, color="0.4", label=row["name"])
+            plot.plot(row[of], row["drift"], marker, label=row["name"], **hollow)
         plot.set(xlabel=label)
         plot.grid(visible=True, linewidth=0.3)
     row = result["uniform"]
