@@ -12,7 +12,7 @@ import torch
 
 import t3c
 from t3c.core.artifact import Artifact, write_manifest
-from t3c.core.budget import Budget
+from t3c.core.budget import Budget, costs
 from t3c.core.errors import ArtifactError, InfeasibleBudget, T3CError
 from t3c.core.profile import Label, Timing
 from t3c.runtime.policy import SUMMARY, Layers, Policy, PolicySelector, keep, stored
@@ -115,6 +115,20 @@ def test_for_one_input_more_budget_never_picks_less_though_looking_costs() -> No
     for x in [*rng.normal(0, 0.2, (20, SUMMARY)), np.zeros(SUMMARY)]:
         picked = [ours.index(Budget(latency_ms=limit), x) for limit in np.linspace(1, 3, 81)]
         assert picked == sorted(picked)
+
+
+def test_the_call_and_the_look_together_keep_every_limit() -> None:
+    ours, chain = PolicySelector(toy.manifest().chain, policy(look_s=3e-4)), toy.manifest().chain
+    rng, looked = np.random.default_rng(1), 0
+    for _ in range(2000):
+        budget = Budget(latency_ms=rng.uniform(1, 3), size_mb=rng.uniform(1.6e-3, 3e-3))
+        index = ours.index(budget, rng.normal(0, 0.2, SUMMARY))
+        cost = costs(chain.profiles[index])
+        assert cost["size_mb"] <= budget.costs["size_mb"]
+        look_ms = ours.policy.look_s * 1e3 if index else 0.0  # the smallest runs without a look
+        assert cost["latency_ms"] <= budget.costs["latency_ms"] - look_ms
+        looked += index > 0
+    assert looked > 50
 
 
 def test_where_the_chain_decides_inputs_are_not_looked_at(artifact: Artifact) -> None:
