@@ -1,16 +1,18 @@
 """What chains for several objectives and for roles are worth on MiniLM.
 
-    python -m benchmarks.roles [--seconds 40] [--libraries]
+    python -m benchmarks.roles [--seconds 40] [--libraries] [--only CHAIN]
 
 Chains of eight profiles for latency, for bytes and for both at once; and for latency with one
 format for all layers of a role. Every profile of each is run in torch on held-out docstrings; drift
 is compared at equal predicted latency and at equal bytes, by interpolation along the chains. With
 --libraries the two chains for latency are compiled as well: bytes and seconds of their libraries.
-Results go to benchmarks/roles.json.
+--only makes one chain again and keeps what is recorded of the others. Results go to
+benchmarks/roles.json.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -37,16 +39,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=40.0, help="for each damage table")
     parser.add_argument("--libraries", action="store_true")
+    parser.add_argument("--only", choices=list(CHAINS))
     options = parser.parse_args()
     one_thread()
     from benchmarks import machine
 
-    found = {**machine.describe(), **run(options.seconds, options.libraries)}
+    found = {**machine.describe(), **run(options.seconds, options.libraries, options.only)}
     print(json.dumps(found, indent=1))
     (HERE / "roles.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def run(seconds: float, libraries: bool) -> dict[str, Any]:
+def run(seconds: float, libraries: bool, only: str | None) -> dict[str, Any]:
     """Everything."""
     import torch
 
@@ -61,7 +64,11 @@ def run(seconds: float, libraries: bool) -> dict[str, Any]:
     model, _ = models.minilm()
     spec = targets.detect_host()
     found: dict[str, Any] = {"target": spec.name, "docstrings": [CALIBRATION, HELD], "chains": {}}
+    if only is not None:
+        found["chains"] = json.loads((HERE / "roles.json").read_text())["chains"]
     for name, given in CHAINS.items():
+        if only not in (None, name):
+            continue
         elastic = elasticize(model, calls[0], tables=True)
         batches = [elastic.captured.flatten(call, {}) for call in calls]
         asked = {**given, "objective": parse_objective(given.get("objective", "latency"))}
@@ -69,7 +76,7 @@ def run(seconds: float, libraries: bool) -> dict[str, Any]:
         made = plan(elastic, batches[:CALIBRATION], spec, seconds=seconds, **asked)
         took = time.perf_counter() - start
         row = judged(elastic, made, batches[CALIBRATION:])
-        row["plan_seconds"] = round(took, 1)
+        row |= {"plan_seconds": round(took, 1), "load_average": os.getloadavg()[0]}
         if libraries and "bytes" not in name:
             row |= compiled(elastic, made, spec)
         found["chains"][name] = row

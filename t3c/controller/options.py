@@ -107,13 +107,17 @@ def gate(
     whole = dense_costs(objective, list(sites.values()), *known)
     for name, site in sites.items():
         prices = partial(site_costs, objective, site, codes=stored, whole=whole)
-        thin = four and isinstance(site, LinearSite) and _halves(site, model, threads, prices)
+        parts = [partial(site_costs, part, site, codes=stored) for part in objective.parts]
+        thin = four and isinstance(site, LinearSite) and _halves(site, model, threads, parts)
         menu = formats(site, step, shares, cp=(cp or {}).get(name, 0), four=thin)
         menu = menu[:1] if name in keep else menu
         asked = [Row(site, fmt, threads, codes) for fmt in menu]
         times = model.predict(asked)
-        costs = prices(menu, times, joules=model.predict_energy(asked))
+        joules = model.predict_energy(asked)
+        costs = prices(menu, times, joules=joules)
         dense = [i for i, fmt in enumerate(menu) if isinstance(fmt, Dense)]
+        if len(parts) > 1:
+            costs = _unmixed(costs, [part(menu, times, joules=joules) for part in parts], dense)
         quick, cheap = min(times[i] for i in dense), min(costs[i] for i in dense)
         rows += [
             GateRow(name, fmt, seconds, quick, cost, cheap, objective=objective)
@@ -122,14 +126,38 @@ def gate(
     return tuple(rows)
 
 
-def _halves(
-    site: LinearSite, model: AbstractCostModel, threads: int, prices: Callable[..., list[float]]
-) -> bool:
-    """Whether 4-bit weights save much: all of their bytes, or the time of waiting for them."""
+Prices = Callable[..., list[float]]
+"""(formats, seconds, joules=) -> cost of each."""
+
+
+def _halves(site: Site, model: AbstractCostModel, threads: int, parts: Sequence[Prices]) -> bool:
+    """Whether 4-bit weights save much: all of their bytes, or the time of waiting for them.
+
+    In a mix it is enough that they save much of one part, if no other rises.
+    """
     both = [Dense(8), Dense(4)]
     asked = [Row(site, fmt, threads) for fmt in both]
-    eight, less = prices(both, model.predict(asked), joules=model.predict_energy(asked))
-    return less <= FOUR_BITS * eight
+    seconds, joules = model.predict(asked), model.predict_energy(asked)
+    each = [part(both, seconds, joules=joules) for part in parts]
+    return all(b <= a for a, b in each) and any(b <= FOUR_BITS * a for a, b in each)
+
+
+def _unmixed(costs: list[float], parts: Sequence[list[float]], dense: Sequence[int]) -> list[float]:
+    """Costs of a mix that are no bargain where one of its parts is above dense.
+
+    Each part shall fall along a chain: a profile whose time rises would raise the recorded times of
+    all larger ones.
+
+    Args:
+        costs: Of each format.
+        parts: The same for each part alone.
+        dense: Places of the dense formats.
+    """
+    cheap = min(costs[i] for i in dense)
+    return [
+        max(cost, cheap) if any(p[i] > min(p[j] for j in dense) for p in parts) else cost
+        for i, cost in enumerate(costs)
+    ]
 
 
 def _tucker(site: ConvSite, step: int, shares: Sequence[float] | None) -> list[Format]:

@@ -74,6 +74,29 @@ def test_a_mix_is_the_mean_of_shares_of_the_dense_network() -> None:
     assert dense == pytest.approx(1.0)
 
 
+def test_a_mix_takes_four_bits_only_where_no_part_of_it_rises() -> None:
+    one: dict[str, Site] = {"one": LinearSite("one", 4096, 4096, 1, True)}
+    rows = gate(one, 64, cost_model(VNNI), four=True, objective=BOTH)
+    assert [row.format for row in rows[:2]] == [Dense(8), Dense(4)]  # waits for its weights
+    assert rows[1].cost < rows[0].cost
+    for found in rows_of(BOTH).values():  # many rows: 4 bits take longer
+        assert all(row.format.bits == 8 for row in found)
+
+
+def test_a_mix_keeps_no_format_that_takes_longer_or_more_bytes_than_dense() -> None:
+    sites: dict[str, Site] = {"q": LinearSite("q", 768, 768, 16, True)}
+    rows = gate(sites, 16, cost_model(VNNI), shares=None, objective=BOTH)
+    slow = [row for row in rows if row.predicted_s > rows[0].predicted_s]
+    fewer = [row for row in slow if sites["q"].elements(row.format) < 768 * 768]
+    assert fewer
+    assert not any(row.kept for row in slow)
+    kept = [row for row in rows if row.kept]
+    assert len(kept) > 5
+    for large, small in itertools.pairwise(kept):
+        assert small.predicted_s < large.predicted_s
+        assert small.cost < large.cost
+
+
 @pytest.mark.parametrize("objective", [*Objective, BOTH])
 def test_menus_are_nested_and_keep_what_costs_less(objective: Goal) -> None:
     for rows in rows_of(objective).values():
@@ -148,6 +171,10 @@ def test_every_step_of_a_chain_saves_what_was_asked_for(objective: Goal) -> None
         if profile.energy is not None:
             assert profile.energy.label is Label.ESTIMATED
             assert profile.energy.joules > 0
+    if isinstance(objective, Mix):  # no part of it rises where the mean falls
+        stated = [(p.latency_ms, p.storage_bytes, p.energy_mj) for p in found.chain]
+        for column in zip(*stated, strict=True):
+            assert list(column) == sorted(set(column))
     lost = Measured(2.0, 1.0, 2.0, 2.1)
     verdicts = dict.fromkeys(costs, lost)
     judged = found.judged(verdicts)
