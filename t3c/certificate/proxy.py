@@ -83,6 +83,7 @@ class Meter:
         *,
         seconds: float = math.inf,
         damage: Damage | None = None,
+        known: Gains | None = None,
     ) -> None:
         """Differentiate the original.
 
@@ -91,6 +92,8 @@ class Meter:
             batches: Flat inputs, as the graph takes them: a few of the calibration data.
             seconds: Time for gains.
             damage: For ``measured``; None leaves that variant out.
+            known: Gains from an earlier meter of the same original, whose formats were others; they
+                are not computed again. None: they are computed.
 
         Raises:
             CertificateError: No batches.
@@ -99,7 +102,7 @@ class Meter:
             raise CertificateError("a proxy needs at least one batch of inputs; got none")
         self.elastic = elastic
         self.batches = batches
-        self.gains: Gains = gains(elastic, batches, seconds=seconds)
+        self.gains = gains(elastic, batches, seconds=seconds) if known is None else known
         self.calls = calls_of(elastic)
         self._damage = damage
         self._weights: dict[tuple[str, Format | None], Tensor] = {}

@@ -10,6 +10,7 @@ Predictive Inference for Regression, 2018, section 5.2 (locally weighted split c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -144,9 +145,19 @@ def widened(found: F64, directions: int) -> F64:
     doubt = 1 - shares.max(1, keepdims=True)
     inner = z - z.mean(1, keepdims=True)
     inner /= TINY + inner.std(1, keepdims=True)
-    slopes = np.sqrt(3 / classes) * _even(classes * directions, 0).reshape(classes, directions)
-    bent = np.maximum(inner @ slopes + SHIFT * _even(directions, 1), 0.0)
+    slopes, shifts = _random(classes, directions)
+    bent = np.maximum(inner @ slopes + shifts, 0.0)
     return np.concatenate([found, np.log(TINY + entropy), np.log(TINY + doubt), shares, bent], 1)
+
+
+@cache
+def _random(classes: int, directions: int) -> tuple[F64, F64]:
+    """Slopes [classes, directions] and shifts [directions]; drawing them takes longest."""
+    slopes = np.sqrt(3 / classes) * _even(classes * directions, 0).reshape(classes, directions)
+    shifts = SHIFT * _even(directions, 1)
+    for each in (slopes, shifts):
+        each.flags.writeable = False
+    return slopes, shifts
 
 
 def _even(count: int, seed: int) -> F64:

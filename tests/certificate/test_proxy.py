@@ -115,6 +115,16 @@ def test_gains_that_there_was_no_time_for_lie_between_their_neighbours() -> None
     assert set(cut.norm.values()) == {full.norm["fc0"]}
 
 
+def test_known_gains_are_not_computed_again() -> None:
+    model = mlp()
+    batches = more(model, 1)
+    formats: dict[str, Format] = dict.fromkeys(model.sites, Dense(8))
+    first = Meter(model, batches)
+    again = Meter(model, batches, seconds=0.0, known=first.gains)
+    assert again.gains is first.gains
+    assert again.against(formats).totals == first.against(formats).totals
+
+
 def test_attention_has_gains() -> None:
     model = block()
     found = gains(model, more(model, 1))
