@@ -2,8 +2,10 @@
 
     python -m benchmarks.certificates [--model minilm | glyphs] [--held 64] [--scores 1200]
 
-Proxies: Pearson correlation with the mean observed drift ||dz||_2 over all plans (torch, rounding
-as the kernels do), with the interval of Fisher's z; drift is seen on inputs that nothing else used.
+Proxies: Pearson correlation with the mean observed drift ||dz||_2 over plans (torch, rounding as
+the kernels do), with the interval of Fisher's z; drift is seen on inputs that nothing else used.
+Two groups are told apart: plans that can be shipped, which are the distinct profiles of the chains
+for every objective, and a stress of other plans, uniform and random, beside the latency chain.
 Bounds: drifts of the compiled library on `--scores` inputs, split at random many times into a half
 that gives the bound and one that tests it. Bounds for each input are taught by half of the half
 that gives them, or, where there is such data, by all training images. Shifted: bounds from one kind
@@ -27,13 +29,23 @@ CALIBRATION = 48
 UNIFORM = 8
 MIXED = 12
 PLANS = 36
-"""At least so many; mixed ones fill up."""
+"""At least so many in the stress; mixed ones fill up."""
+CHAIN = 16
+"""Profiles of the chain for each objective."""
 GLYPHS = 1024
 BATCH = 32
 """Images of a call."""
 SPLITS = 400
 SINGLE_SPLITS = 40
 LEVELS = (0.9, 0.95, 0.99)
+VARIANTS = (
+    "operator-norm",
+    "jacobian-rms",
+    "jacobian-rms-rss",
+    "kronecker",
+    "kronecker-rss",
+    "measured",
+)
 OTHERS = ("numpy", "torch", "networkx", "transformers", "matplotlib", "onnx", "rich")
 """Packages whose docstrings stand for another domain."""
 
@@ -72,7 +84,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(CASES), default="minilm")
     parser.add_argument("--held", type=int, default=64, help="held out, for the proxies' drift")
     parser.add_argument("--scores", type=int, default=1200, help="held out, for the bounds")
-    parser.add_argument("--seconds", type=float, default=90.0, help="for Jacobian norms")
+    parser.add_argument("--seconds", type=float, default=900.0, help="for Jacobian norms")
     parser.add_argument("--only", choices=("proxies", "bounds"), help="the other part stays")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -164,16 +176,38 @@ def run(kind: str, held: int, scores: int, seconds: float, out: Path, parts: Seq
 
 
 def estimates(case: Case, seconds: float) -> dict[str, Any]:
-    """Proxies of a planned chain and of other plans, in torch."""
+    """Proxies of chains for every objective and of other plans, in torch."""
     import t3c
     from t3c.controller.plan import plan
+    from t3c.core.objective import Objective
     from t3c.targets import detect_host
 
     elastic = t3c.elasticize(case.model, case.calibration[0])
     flat = [elastic.captured.flatten(call, {}) for call in case.calibration]
-    found = plan(elastic, flat, detect_host(), profiles=16, seconds=60.0)
     unseen = [elastic.captured.flatten(call, {}) for call in case.held]
-    result = proxies(elastic, found, flat, unseen, seconds, case)
+    rows: list[dict[str, Any]] = []
+    gains = None
+    for objective in Objective:  # latency first
+        found = plan(
+            elastic, flat, detect_host(), profiles=CHAIN, seconds=60.0, objective=objective
+        )
+        plans = {f"{objective} {p.name}": (dict(p.formats), "chain") for p in found.chain}
+        if objective is Objective.LATENCY:
+            plans |= stress(found.table.entries, case, len(plans))
+        seen = measured(elastic, found, plans, flat, unseen, seconds, case, gains)
+        gains = seen["gains"]
+        rows += seen["rows"]
+        print(f"{objective}: {len(plans)} plans", flush=True)
+    result = {
+        "held_out": len(unseen),
+        "inputs_of_proxies": case.gains,
+        "gains_seconds": gains.seconds,
+        "sites": len(elastic.sites),
+        "sites_measured": len(gains.measured),
+        "seconds_per_plan": sorted(row["seconds"] for row in rows)[len(rows) // 2],
+        "groups": groups(rows, case),
+        "rows": [{k: v for k, v in row.items() if k not in ("formats", "seconds")} for row in rows],
+    }
     show(result)
     return result
 
@@ -198,79 +232,100 @@ def compiled(case: Case, _: float) -> dict[str, Any]:
     return result
 
 
-def proxies(
-    elastic: Any,
-    found: Any,
-    flat: Sequence[Any],
-    unseen: Sequence[Any],
-    seconds: float,
-    case: Case,
-) -> dict[str, Any]:
-    """Every proxy against mean observed drift, over chain, uniform and mixed plans."""
+def stress(entries: Any, case: Case, count: int) -> dict[str, tuple[dict[str, Any], str]]:
+    """Plans that no chain holds: every layer at the same depth of its menu, or drawn at random.
+
+    Args:
+        entries: Site -> format -> damage.
+        case: Its `dense` layers stay dense in a copy of every plan.
+        count: Plans of the chain beside them.
+
+    Returns:
+        Name -> (formats, kind).
+    """
     import torch
 
-    from t3c.certificate.observed import observed
-    from t3c.certificate.proxy import Meter
-    from t3c.controller.statistics import correct
     from t3c.core.formats import Dense
 
-    damage = {s: {f: e.damage for f, e in row.items()} for s, row in found.table.entries.items()}
-    menu = {site: list(row) for site, row in damage.items()}
-    plans = {f"chain {p.name}": dict(p.formats) for p in found.chain}
-    depth = max(len(row) for row in menu.values())
+    menu = {site: list(row) for site, row in entries.items()}
+    plans: dict[str, tuple[dict[str, Any], str]] = {}
     for i in range(UNIFORM):
         share = i / (UNIFORM - 1)
-        plans[f"uniform {i}"] = {s: r[round(share * (len(r) - 1))] for s, r in menu.items()}
+        formats = {s: r[round(share * (len(r) - 1))] for s, r in menu.items()}
+        plans[f"uniform {i}"] = formats, "stress"
     draw = torch.Generator().manual_seed(1)
-    count = max(MIXED, PLANS - len(plans))
-    for i in range(count):
-        keep = 1 - (i + 1) / (count + 1)  # share of layers left dense
+    mixed = max(MIXED, PLANS - UNIFORM - count)
+    for i in range(mixed):
+        keep = 1 - (i + 1) / (mixed + 1)  # share of layers left dense
         plans[f"mixed {i}"] = {
             s: Dense(8) if float(torch.rand(1, generator=draw)) < keep or len(r) < 2
             else r[1 + int(torch.randint(len(r) - 1, (1,), generator=draw))]
             for s, r in menu.items()
-        }  # fmt: skip
-    whole = list(plans)
-    for name in whole if case.dense else ():
-        formats = plans[name] | dict.fromkeys(case.dense, Dense(8))
-        if formats not in plans.values():
-            plans[f"{name}, {', '.join(case.dense)} dense"] = formats
-    corrected = correct(elastic, plans.values(), flat)
-    start = time.monotonic()
-    meter = Meter(elastic, flat[: case.gains], seconds=seconds, damage=damage)
-    gains_s = time.monotonic() - start
-    rows, per_plan = [], []
-    for name, formats in plans.items():
+        }, "stress"  # fmt: skip
+    for name, (formats, _) in list(plans.items()) if case.dense else ():
+        copy = formats | dict.fromkeys(case.dense, Dense(8))
+        if copy != formats:
+            plans[f"{name}, {', '.join(case.dense)} dense"] = copy, "copy"
+    return plans
+
+
+def measured(
+    elastic: Any,
+    found: Any,
+    plans: Mapping[str, tuple[dict[str, Any], str]],
+    flat: Sequence[Any],
+    unseen: Sequence[Any],
+    seconds: float,
+    case: Case,
+    known: Any,
+) -> dict[str, Any]:
+    """Every proxy and the observed drift of plans from one search, and the gains behind them."""
+    from t3c.certificate.observed import observed
+    from t3c.certificate.proxy import Meter
+    from t3c.controller.statistics import correct
+
+    damage = {s: {f: e.damage for f, e in row.items()} for s, row in found.table.entries.items()}
+    correct(elastic, [formats for formats, _ in plans.values()], flat)
+    meter = Meter(elastic, flat[: case.gains], seconds=seconds, damage=damage, known=known)
+    rows = []
+    for name, (formats, kind) in plans.items():
         start = time.monotonic()
         against = meter.against(formats)
-        per_plan.append(time.monotonic() - start)
+        took = time.monotonic() - start
         drift = observed(elastic, formats, unseen)
         totals = {variant: total for variant, (total, _) in against.totals.items()}
-        rows.append({"plan": name, "observed": drift.mean, "p95": drift.p95, **totals})
-    variants = [k for k in rows[0] if k not in ("plan", "observed", "p95")]
+        row = {"plan": name, "kind": kind, "formats": formats, "seconds": took}
+        rows.append(row | {"observed": drift.mean, "p95": drift.p95} | totals)
+    return {"rows": rows, "gains": meter.gains}
 
-    def counted(names: Sequence[str]) -> dict[str, Any]:
-        some = [row for row in rows if row["plan"] in names]
-        seen = [row["observed"] for row in some]
-        return {v: agreement([row[v] for row in some], seen) for v in variants}
 
-    others = [n for n, f in plans.items() if all(f[s] == Dense(8) for s in case.dense)]
-    return {
-        "plans": len(whole),
-        "menu_depth": depth,
-        "held_out": len(unseen),
-        "distinct_plans": len({frozenset(plans[n].items()) for n in whole}),
-        "batches_of_corrections": corrected,
-        "gains_seconds": gains_s,
-        "sites_measured": len(meter.gains.measured),
-        "seconds_per_plan": sorted(per_plan)[len(per_plan) // 2],
-        "variants": counted(whole),
-        "variants_of_the_chain": counted([n for n in whole if n.startswith("chain")]),
-        "kept_dense": list(case.dense),
-        "plans_with_them_dense": len(others) if case.dense else None,
-        "variants_with_them_dense": counted(others) if case.dense else None,
-        "rows": rows,
+def groups(rows: Sequence[Mapping[str, Any]], case: Case) -> dict[str, Any]:
+    """Correlations within each group of plans; equal plans count once."""
+    from t3c.core.formats import Dense
+
+    chain = [row for row in rows if row["kind"] == "chain"]
+    first = [row for row in chain if row["plan"].startswith("latency")]
+    other = [row for row in rows if row["kind"] == "stress"]
+    made = {
+        "shipped": ("profiles of the chains for every objective", chain),
+        "latency chain": ("profiles of the chain for latency alone", first),
+        "stress": ("the latency chain, uniform and random plans", first + other),
+        "random": ("uniform and random plans alone", other),
     }
+    if case.dense:
+        dense = [r for r in rows if all(r["formats"][s] == Dense(8) for s in case.dense)]
+        some = [r for r in dense if r in first or r["kind"] != "chain"]
+        made["stress, head dense"] = (f"the stress with {', '.join(case.dense)} dense", some)
+    found = {}
+    for name, (what, some) in made.items():
+        distinct = list({frozenset(r["formats"].items()): r for r in some}.values())
+        seen = [row["observed"] for row in distinct]
+        found[name] = {
+            "what": what,
+            "plans": len(distinct),
+            "variants": {v: agreement([r[v] for r in distinct], seen) for v in VARIANTS},
+        }
+    return found
 
 
 def agreement(estimate: Sequence[float], seen: Sequence[float]) -> dict[str, Any]:
@@ -296,6 +351,7 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
 
     from t3c.certificate.calibrated import conformal_bound
     from t3c.certificate.library import library_scores
+    from t3c.certificate.scaled import per_input
 
     whole = library_scores(session, case.model, case.scores)
     scores = whole.original
@@ -316,6 +372,13 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
                 cover[level].append(float((test <= bound).mean()))
                 if level == LEVELS[0]:
                     ratios.append(bound / float(np.median(test)))
+        learned = taught and per_input(
+            whole.features[name],
+            drift,
+            LEVELS,
+            scores=whole.classes is not None,
+            taught=(taught.features[name], taught.original[name]),
+        )
         rows.append(
             {
                 "profile": name,
@@ -330,11 +393,9 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
                     for kind, other in shifted.items()
                 },
                 "per_input": single(whole, others, name, random),
-                "per_input_taught": taught and single(whole, others, name, random, taught),
-                "per_input_taught_on": taught
-                and {
-                    kind: single(other, {}, name, random, taught) for kind, other in others.items()
-                },
+                "per_input_taught": learned and single(whole, others, name, random, learned),
+                "per_input_taught_on": learned
+                and {kind: single(o, {}, name, random, learned) for kind, o in others.items()},
             }
         )
     first = next(iter(scores))
@@ -348,7 +409,7 @@ def bounds(session: Any, case: Case) -> dict[str, Any]:
 
 
 def single(
-    whole: Any, others: Mapping[str, Any], name: str, random: Any, taught: Any = None
+    whole: Any, others: Mapping[str, Any], name: str, random: Any, learned: Any = None
 ) -> dict[str, Any]:
     """The same of bounds for each input: coverage, bound over drift, other data.
 
@@ -357,7 +418,8 @@ def single(
         others: Kind -> inputs of another kind, that test the bound from all of `whole`.
         name: The profile.
         random: Draws the halves.
-        taught: Inputs that teach; None: half of the half that gives the bound.
+        learned: Bounds whose weights other inputs taught; None: half of the half that gives the
+            bound teaches.
     """
     import numpy as np
 
@@ -367,8 +429,7 @@ def single(
 
     seen, drift = whole.features[name], whole.original[name]
     scores = whole.classes is not None
-    other = None if taught is None else (taught.features[name], taught.original[name])
-    made = per_input(seen, drift, LEVELS, scores=scores, taught=other)
+    made = per_input(seen, drift, LEVELS, scores=scores) if learned is None else learned
     wide = widened(seen, made.directions) if scores else seen
     predicted = made.predicted(wide)
     half = len(drift) // 2
@@ -377,7 +438,7 @@ def single(
     for _ in range(SINGLE_SPLITS):
         order = random.permutation(len(drift))
         fit, test = order[:half], order[half:]
-        if taught is None:
+        if learned is None:
             one = per_input(seen[fit], drift[fit], LEVELS, scores=scores)
             factors, expected = one.factors, one.predicted(wide[test])
         else:  # the same weights, whichever inputs give the factors
@@ -399,7 +460,7 @@ def single(
         "splits": SINGLE_SPLITS,
         "coverage": {str(v): float(np.mean(cover[v])) for v in LEVELS},
         "inside_binomial": {
-            str(v): _inside(cover[v], v, half, half if taught else half - half // 2) for v in LEVELS
+            str(v): _inside(cover[v], v, half, half if learned else half // 2) for v in LEVELS
         },
         "median_bound_over_observed": float(np.median(ratios)),
         "shifted_coverage": {kind: covered(other) for kind, other in others.items()},
@@ -433,12 +494,12 @@ def other_texts(limit: int) -> list[str]:
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """A line for every variant."""
-    print(f"{found['plans']} plans, {found['held_out']} held-out calls")
-    _lines(found["variants"])
-    if found["kept_dense"]:
-        print(f"{found['plans_with_them_dense']} plans with {found['kept_dense']} dense")
-        _lines(found["variants_with_them_dense"])
+    """A line for every variant of every group."""
+    measured = f"{found['sites_measured']} of {found['sites']} Jacobians"
+    print(f"{found['held_out']} held-out calls, {measured}")
+    for name, group in found["groups"].items():
+        print(f"{name}: {group['plans']} plans ({group['what']})")
+        _lines(group["variants"])
 
 
 def _lines(variants: Mapping[str, Any]) -> None:
