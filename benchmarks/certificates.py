@@ -5,7 +5,8 @@
 Proxies: Pearson correlation with the mean observed drift ||dz||_2 over plans (torch, rounding as
 the kernels do), with the interval of Fisher's z; drift is seen on inputs that nothing else used.
 Two groups are told apart: plans that can be shipped, which are the distinct profiles of the chains
-for every objective, and a stress of other plans, uniform and random, beside the latency chain.
+for every objective (one artifact holds one chain: each counts alone, too), and a stress of other
+plans, uniform and random, beside the latency chain.
 Bounds: drifts of the compiled library on `--scores` inputs, split at random many times into a half
 that gives the bound and one that tests it. Bounds for each input are taught by half of the half
 that gives them, or, where there is such data, by all training images. Shifted: bounds from one kind
@@ -302,13 +303,18 @@ def measured(
 def groups(rows: Sequence[Mapping[str, Any]], case: Case) -> dict[str, Any]:
     """Correlations within each group of plans; equal plans count once."""
     from t3c.core.formats import Dense
+    from t3c.core.objective import Objective
 
     chain = [row for row in rows if row["kind"] == "chain"]
     first = [row for row in chain if row["plan"].startswith("latency")]
     other = [row for row in rows if row["kind"] == "stress"]
     made = {
         "shipped": ("profiles of the chains for every objective", chain),
-        "latency chain": ("profiles of the chain for latency alone", first),
+        **{
+            f"{objective} chain": (f"profiles of the chain for {objective} alone", some)
+            for objective in Objective
+            for some in [[row for row in chain if row["plan"].startswith(objective)]]
+        },
         "stress": ("the latency chain, uniform and random plans", first + other),
         "random": ("uniform and random plans alone", other),
     }
