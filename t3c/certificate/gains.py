@@ -148,6 +148,8 @@ class _Run:
         """Site -> sum over inputs and rows of the mean of g g^T over projections; rows an input."""
         found: dict[str, tuple[Tensor, float]] = {}
         nodes = list(self.values)
+        if not nodes:
+            return found
         for seed in range(PROBES):
             draw = torch.Generator().manual_seed(seed)
             probes = [torch.randn(y.shape, generator=draw).to(y) for y in self.outputs]

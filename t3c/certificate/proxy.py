@@ -34,6 +34,8 @@ from t3c.elastic.model import ElasticModel
 
 Damage = Mapping[str, Mapping[Format, float]]
 """Site -> format -> relative squared drift of the outputs with only that layer changed."""
+OF_NO_LAYER = (PAPER, "jacobian-rms", "jacobian-rms-rss", "kronecker", "kronecker-rss")
+"""Variants, all zero, where no layer is elastic."""
 DRAWS = 3
 """Disjoint draws of the inputs, between which the spread of alpha is told."""
 
@@ -143,7 +145,7 @@ class Meter:
                 _rms(seen[site].rounding, seen[site].inputs),
                 both,
             )
-        names = list(next(iter(weights.values()), {}))
+        names = list(next(iter(weights.values()), OF_NO_LAYER))
         totals = {
             name: (
                 _combined(name, [s.estimates[name] for s in shares.values()]),

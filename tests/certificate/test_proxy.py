@@ -47,6 +47,13 @@ def chain(*plans: Mapping[str, Format]) -> ProfileChain:
     )
 
 
+def test_where_no_layer_is_elastic_nothing_drifts() -> None:
+    model = elastic(nn.Sequential(nn.ReLU()), torch.randn(8, 4))
+    found = Meter(model, more(model, 2)).against({})
+    assert set(found.totals.values()) == {(0.0, 0.0)}
+    assert PAPER in found.totals
+
+
 def test_the_papers_form_equals_the_hand_calculation() -> None:
     model = two()
     formats: dict[str, Format] = {"first": LowRank(16, 32), "second": LowRank(8, 32)}
