@@ -413,7 +413,7 @@ def _read(path: Path, say: Callable[[str], None]) -> tuple[Dataset, int]:
         raise CostModelError(f"{path}: no whole line; remove the file and measure again")
     head = lines[0][1]
     if not isinstance(head.get("schema"), int) or "device" not in head:
-        raise CostModelError(f"{path}, line 1: no header of measurements; choose another file")
+        raise _no_header(path)
     if head["schema"] > SCHEMA:
         raise CostModelError(
             f"{path} has schema {head['schema']}; this version reads up to {SCHEMA}: read it with "
@@ -443,10 +443,16 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             data = json.loads(line)
             check = data.pop("crc")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if number == 1:
+                raise _no_header(path) from error
             raise _corrupted(path, number, repr(error)) from error
         if check != _crc(data):
             raise _corrupted(path, number, "its checksum does not fit")
         yield number, data
+
+
+def _no_header(path: Path) -> CostModelError:
+    return CostModelError(f"{path}, line 1: no header of measurements; choose another file")
 
 
 def _corrupted(path: Path, number: int, why: str) -> CostModelError:

@@ -219,6 +219,8 @@ def test_a_missing_feature_is_exit_code_6(tmp_path: Path) -> None:
         (LoweringError("m"), 1),
         (T3CError("m"), 2),
         (ValueError("m"), 2),
+        (IsADirectoryError("m"), 2),
+        (OSError("m"), 1),
         (RuntimeError("m"), 1),
     ],
 )
@@ -248,6 +250,8 @@ def api(monkeypatch: pytest.MonkeyPatch, artifact: Artifact) -> list[Any]:
     models.bare = lambda: (torch.nn.Linear(2, 2), None)
     models.single = lambda: torch.nn.Linear(2, 2)
     models.number = 3
+    models.broken = lambda: dict[str, int]()["weights"]
+    models.counted = lambda: (*models.net(), 5)
     monkeypatch.setitem(sys.modules, "some_models", models)
     return calls
 
@@ -329,6 +333,10 @@ def test_lower_takes_shapes_files_and_exported_programs(api: list[Any], tmp_path
         (("some_models:single",), "must return (model, example inputs), got Linear"),
         (("some_models:bare",), "add --inputs or --shape"),
         (("some_models:bare", "--shape", "1,x"), "write positive numbers"),
+        (("some_models:broken",), "'some_models:broken' failed: KeyError: 'weights'"),
+        (("some_models:counted",), "'some_models:counted': calls must be a list, got int"),
+        (("some_models:net", "--inputs", __file__), "no readable npz file: File is not a zip"),
+        ((__file__ + ".pt2",), "no such file"),
     ],
 )
 @pytest.mark.usefixtures("api")
@@ -336,6 +344,27 @@ def test_a_wrong_model_is_exit_code_2(args: tuple[str, ...], message: str, tmp_p
     done = call("lower", *args, "--out", tmp_path / "o")
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_what_is_no_exported_program_is_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "net.pt2").write_bytes(b"nothing")
+    done = call("lower", tmp_path / "net.pt2", "--out", tmp_path / "o")
+    assert done.exit_code == 2
+    assert "net.pt2: no readable exported program" in done.stderr
+
+
+def test_outputs_are_written_where_they_shall_be(artifact: Artifact, tmp_path: Path) -> None:
+    for name in ("y", "\u00e9.npz"):
+        done = call("run", artifact.path, "--profile", "tiny", "--outputs", tmp_path / name)
+        assert done.exit_code == 0, done.stderr
+        with np.load(tmp_path / name) as stored:
+            assert list(stored) == [spec.name for spec in artifact.manifest.outputs]
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "gone" / "y.npz"):
+        done = call("run", artifact.path, "--profile", "tiny", "--outputs", path)
+        assert done.exit_code == 2
+        assert "folder: Is a directory" in done.stderr or "No such file or" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".npz") == ["\u00e9.npz"]
 
 
 def test_doctor_lists_checks_and_says_whether_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,11 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (ImportError, 6),
     (ValueError, 2),
     (TypeError, 2),
+    (FileNotFoundError, 2),
+    (FileExistsError, 2),
+    (IsADirectoryError, 2),
+    (NotADirectoryError, 2),
+    (PermissionError, 2),
 )
 
 
@@ -78,11 +83,19 @@ def command(as_json: bool, quiet: bool, debug: bool) -> Generator[Out]:
         if debug:
             traceback.print_exc()
         code = exit_code(error)
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(_words(error).split()) or type(error).__name__
         print(f"t3c: {text}", file=sys.stderr)
         if as_json:
             print(json.dumps(_error_json(error, text, code), indent=1))
         raise typer.Exit(code) from None
+
+
+def _words(error: Exception) -> str:
+    """What it says; of a file, the path first."""
+    if not isinstance(error, OSError) or not error.strerror or error.filename is None:
+        return str(error)
+    path = error.filename if error.filename2 is None else error.filename2
+    return f"{path}: {error.strerror}"
 
 
 def exit_code(error: BaseException) -> int:

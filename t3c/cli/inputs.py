@@ -1,6 +1,9 @@
 """What the command line is told, made into models, calls and inputs."""
 
+import io
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -8,6 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from t3c.core.artifact import write_atomic
+from t3c.core.errors import T3CError
 from t3c.core.manifest import Manifest
 
 Calls = Sequence[tuple[object, ...]]
@@ -38,15 +43,19 @@ def load_labelled(spec: str) -> tuple[object, object, Calls | None, object]:
         if not Path(spec).is_file():
             raise ValueError(f"{spec}: no such file")
         torch: Any = import_module("torch")
-        program: Any = torch.export.load(spec)
+        try:
+            program: Any = torch.export.load(spec)
+        except Exception as error:  # torch raises what it likes
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{spec}: no readable exported program: {first}") from error
         return program, program.example_inputs, None, None
     match _made(spec, "neither module:callable nor a .pt2 file"):
         case (model, example):
             return model, example, None, None
         case (model, example, calls):
-            return model, example, _as_calls(calls), None
+            return model, example, _as_calls(spec, calls), None
         case (model, example, calls, labels):
-            return model, example, _as_calls(calls), labels
+            return model, example, _as_calls(spec, calls), labels
         case made:
             raise ValueError(
                 f"{spec!r} must return (model, example inputs), got {type(made).__name__}"
@@ -62,10 +71,12 @@ def load_calls(spec: str) -> Calls:
     made = _made(spec, "not module:callable")
     if not isinstance(made, list):
         raise ValueError(f"{spec!r} must return a list of calls, got {type(made).__name__}")
-    return _as_calls(made)
+    return _as_calls(spec, made)
 
 
-def _as_calls(calls: Any) -> Calls:
+def _as_calls(spec: str, calls: Any) -> Calls:
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"{spec!r}: calls must be a list, got {type(calls).__name__}")
     return [call if isinstance(call, tuple) else (call,) for call in calls]
 
 
@@ -84,7 +95,12 @@ def _made(spec: str, wrong: str) -> Any:
     make: Callable[[], object] | None = getattr(module, attribute, None)
     if not callable(make):
         raise ValueError(f"{spec!r}: {module_name} has no callable {attribute!r}")
-    return make()
+    try:
+        return make()
+    except (ImportError, T3CError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{spec!r} failed: {type(error).__name__}: {error}") from error
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -120,10 +136,24 @@ def read_npz(path: Path) -> dict[str, Any]:
         ValueError: It cannot be read.
     """
     try:
+        with zipfile.ZipFile(path):  # numpy would take other files for pickles
+            pass
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no readable npz file: {error}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}: no readable npz file: {error}; numpy.savez(path, name=array) writes one"
+        ) from error
+
+
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by name, whole or not at all, at the path as it was given."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:  # numpy.savez has names that arrays cannot have
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
 
 
 def example_inputs(

@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from t3c.cli.console import Out, command
-from t3c.cli.inputs import invent_inputs, read_npz
+from t3c.cli.inputs import invent_inputs, read_npz, write_npz
 from t3c.cli.options import (
     Debug,
     Folder,
@@ -112,7 +112,7 @@ def run(
         flat = flatten(session.manifest.output_tree, result, "outputs")
         named = {s.name: v for s, v in zip(session.manifest.outputs, flat, strict=True)}
         if outputs is not None:
-            np.savez(outputs, **named)
+            write_npz(outputs, named)
         rows = [
             {"output": name, "shape": list(value.shape), "dtype": str(value.dtype)}
             for name, value in named.items()

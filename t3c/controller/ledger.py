@@ -301,6 +301,8 @@ def _damaged(path: Path, number: int, why: str) -> T3CError:
     if number > 1 and path.name.endswith(PART):
         what = f"delete that line to measure its entry again, or the file to measure anew ({why})"
         return T3CError(f"{path}, line {number} is damaged; {what}")
+    if number == 1:  # it may be somebody's file
+        what = "name another file, or delete this one to measure anew"
     return T3CError(f"{path}, line {number} is damaged ({why}); {what}")
 
 

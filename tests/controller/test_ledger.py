@@ -315,9 +315,10 @@ def test_a_finished_table_must_be_whole(tmp_path: Path) -> None:
     path.write_text("".join(lines)[:-5])
     with pytest.raises(T3CError, match=f"line {len(lines)} is damaged .*cut off"):
         read()
-    path.write_text("")
-    with pytest.raises(T3CError, match=r"line 1 is damaged .*no header"):
-        read()
+    for other in ("", "import os\n"):
+        path.write_text(other)
+        with pytest.raises(T3CError, match=r"line 1 is damaged .*; name another file, or delete"):
+            read()
 
 
 def test_damages_survive_the_file_to_the_bit(tmp_path: Path) -> None:

@@ -96,9 +96,10 @@ def test_newer_and_missing_and_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CostModelError, match="has schema 99; this version reads up to 1"):
         Dataset.read(path)
     line = dataset(tmp_path / "other.jsonl", 6, 2).path.read_text().splitlines(keepends=True)[1]
-    path.write_text(line)
-    with pytest.raises(CostModelError, match="line 1: no header of measurements"):
-        Dataset.read(path)
+    for other in (line, "import os\n", "[]\n"):
+        path.write_text(other)
+        with pytest.raises(CostModelError, match="line 1: no header of measurements"):
+            Dataset.read(path)
 
 
 @pytest.mark.parametrize("p50", [0.0, -1.0, float("nan"), float("inf"), 3.0])
