@@ -124,6 +124,8 @@ def _step(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], space
         return found.settled() if isinstance(found, Pair) and n is not weights else found
 
     args = map_arg(node.args, value)
+    if node.target in _MEANS and isinstance(args[1], Pair):
+        args = args[0], args[1].settled()  # shares that are averaged by themselves
     kwargs = map_arg(node.kwargs, value)
     name = f"node {node.name!r} ({node.target})"
     try:
@@ -314,7 +316,7 @@ def _added(a: Pair, b: Any, space: Space) -> Pair:
         return Pair(a.x + b.x, a.d + b.d).rounded(1)
     if not isinstance(b, int | float | Tensor):
         raise NoRule("its second argument is no float of the model")
-    other = constant(space, torch.as_tensor(b, dtype=torch.float64))
+    other = constant(space, torch.as_tensor(b, dtype=torch.float32))  # as the operator reads it
     return Pair(a.x + other, a.d + constant(space, torch.zeros_like(other.c))).rounded(1)
 
 

@@ -11,7 +11,7 @@ from t3c.certificate.sound import Ball, Box, Domain, certify, sound_bounds
 from t3c.certificate.sound.form import MODES, Form, Mode, Space, constant
 from t3c.certificate.sound.norms import conv_norm, largest_norm, matrix_norm
 from t3c.certificate.sound.pair import Pair, curve, gamma
-from t3c.certificate.sound.propagate import averaged
+from t3c.certificate.sound.propagate import averaged, spread
 from t3c.certificate.sound.slopes import CURVES
 from t3c.core.codes import Correction
 from t3c.core.errors import CertificateError
@@ -194,6 +194,40 @@ def test_operators_in_single_steps_have_rules_too() -> None:
     domain = Domain.around([(x,)], 0.05)
     found = sound_bounds(model, chain([fmts]), domain)["p0"]
     assert attack(model, fmts, domain.cells[0][0]) <= found.raw < 3
+
+
+class Shares(nn.Module):
+    """A softmax whose weights average itself, as one tensor or as a copy."""
+
+    def __init__(self, copy: bool) -> None:
+        super().__init__()
+        self.copy = copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = torch.softmax(x, -1)
+        return shares @ (shares.transpose(1, 2).transpose(1, 2) if self.copy else shares)
+
+
+def ends(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the only output's float32 value at one input."""
+    pairs, _ = spread(elasticize(net.eval(), (x,)), (Box(x, x),), "interval", 100)
+    return pairs[0].x.ends
+
+
+def test_shares_that_average_themselves_are_rounded_on_both_sides() -> None:
+    x = torch.randn(1, 3, 3, generator=torch.Generator().manual_seed(0))
+    one, two = (ends(Shares(copy), x) for copy in (False, True))
+    assert torch.equal(one[1] - one[0], two[1] - two[0])
+
+
+def test_constants_are_added_as_float32_has_them() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.1
+
+    x = -torch.full((1, 2), 0.1)
+    low, high = ends(Shifted(), x)
+    assert bool(((low <= x + 0.1) & (x + 0.1 <= high)).all())
 
 
 def test_symbols_of_the_difference_are_in_no_ball() -> None:
