@@ -1,33 +1,24 @@
 """The composition root: model in, elastic model, chain of profiles, library, artifact, session."""
 
-import hashlib
 import json
 import os
-import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves
 
 from t3c import proof, targets
+from t3c.calls import HELD_OUT_FROM, calibration_calls, held_out
 from t3c.certificate import observed
-from t3c.certificate.calibrated import LEVELS, calibrate, draws, with_shifted
-from t3c.certificate.labels import label_effects
-from t3c.certificate.library import library_scores
 from t3c.certificate.proxy import Meter, proxies, with_proxies
-from t3c.certificate.remarks import on_bounds, on_labels
-from t3c.certificate.scaled import each_input
 from t3c.certificate.sound import Domain
 from t3c.certificate.sound import certify as sound_certify
+from t3c.certifying import certify, fit_policy
 from t3c.codegen.build import Built, build
 from t3c.codegen.families import tuned_schedules
 from t3c.codegen.kernels.schedule import Schedule
@@ -35,45 +26,36 @@ from t3c.codegen.tools import require
 from t3c.codegen.tune.network import operators, tune
 from t3c.codegen.tune.search import RECORDS
 from t3c.controller.costs import check as check_objective
-from t3c.controller.fit_policy import fit
 from t3c.controller.inversions import inversions
 from t3c.controller.plan import SECONDS, Plan, plan
 from t3c.controller.statistics import correct
-from t3c.core.artifact import Artifact, check_replaceable, write_manifest
-from t3c.core.certificate import Certificate, Labels
+from t3c.core.artifact import Artifact, check_replaceable
 from t3c.core.code_storage import CodeStorage, parse_code_storage
 from t3c.core.codes import SiteCodes
-from t3c.core.conservative import increasing
-from t3c.core.errors import CertificateError, LoweringError, PassError, TargetError
+from t3c.core.errors import PassError, TargetError
 from t3c.core.formats import Format
 from t3c.core.manifest import (
-    CompiledProfile,
     Manifest,
-    Stages,
-    TargetInfo,
-    TensorSpec,
 )
 from t3c.core.objective import Mix, Objective, parse_objective
-from t3c.core.profile import Percentile
 from t3c.core.sites import Site
-from t3c.core.structure import LEAF, Tree
 from t3c.cost_models import COST_MODELS, AbstractCostModel
 from t3c.cost_models import cost_model as predictor
 from t3c.cost_models.device import this_device
 from t3c.cost_models.learned import LearnedModel
+from t3c.describing import captured_of, described, with_certificates
 from t3c.elastic.conv import ElasticConv
 from t3c.elastic.factorize import DEFAULT
 from t3c.elastic.linear import ElasticLinear
 from t3c.elastic.model import ElasticModel
 from t3c.elastic.snap import Snap
 from t3c.elastic.table import Table
-from t3c.passes.capture import Captured, capture
+from t3c.passes.capture import capture
 from t3c.passes.pipeline import lowering_graph, rewrite
 from t3c.passes.sites import Choice, Makers
 from t3c.proof import TOLERANCE, Batch, Bench, Notes, Progress
 from t3c.runtime import bundle
-from t3c.runtime.policy import keep, summarize, with_look
-from t3c.runtime.session import Binder, load, plain
+from t3c.runtime.session import load
 from t3c.targets import TargetSpec
 
 __all__ = ["TOLERANCE", "certify", "elasticize", "fit_policy", "load", "lower"]
@@ -81,14 +63,10 @@ __all__ = ["TOLERANCE", "certify", "elasticize", "fit_policy", "load", "lower"]
 Model = nn.Module | ExportedProgram | ElasticModel
 
 ACTIVATIONS: Mapping[str, bool | None] = {"auto": None, "static": True, "dynamic": False}
-OBSERVED_INPUTS = 16
-"""Calibration inputs on which the drift of every profile is observed, at most."""
 PROXY_INPUTS = 3
 """Calibration inputs behind the norms of the proxies, at most."""
 PROXY_SECONDS = 10.0
 """Time for the Jacobian norms of the proxies; layers left out lie between their neighbours."""
-HELD_OUT_FROM = 8
-"""From so many calibration inputs on, the last quarter is kept for observing drift."""
 
 
 def elasticize(
@@ -272,9 +250,9 @@ def lower(
             factorizer=factorizer,
             tables=tables,
         )
-    notes.add(*_captured(elastic).notes)
-    batches = _batches(elastic, calibration, notes)
-    fitted, held = _held_out(batches)
+    notes.add(*captured_of(elastic).notes)
+    batches = calibration_calls(elastic, calibration, notes)
+    fitted, held = held_out(batches)
     if fitted is batches:
         notes.add(
             "observed drift is in-sample: measured on inputs that the chain was fitted to, other "
@@ -305,7 +283,7 @@ def lower(
     bench = Bench(elastic, spec, batches, calls, threads, notes, progress)
     with tempfile.TemporaryDirectory() as scratch:
         built = _build(elastic, chosen, spec, progress, tuned)
-        manifest = _manifest(elastic, chosen, built, spec, batches)
+        manifest = described(elastic, chosen, built, spec, batches)
         manifest, session = bench.prove(manifest, built, Path(scratch) / "first")
         if session is not None and calls:
             judged = chosen.judged(bench.layers(chosen, built, session))
@@ -314,7 +292,7 @@ def lower(
                 _corrected(elastic, chosen, judged, fitted, plan_seconds)
                 judged = _observed(elastic, judged, held, notes, progress)
                 built = _build(elastic, judged, spec, progress, tuned)
-                manifest = _manifest(elastic, judged, built, spec, batches)
+                manifest = described(elastic, judged, built, spec, batches)
                 manifest, session = bench.prove(manifest, built, Path(scratch) / "second")
             chosen = judged
         if session is not None and calls:
@@ -322,7 +300,7 @@ def lower(
         manifest = _certified(manifest, elastic, chosen, fitted, progress)
         if domain is not None:
             proven = sound_certify(elastic, manifest.chain, domain)
-            manifest = _with_certificates(manifest, {p.name: p.certificate for p in proven})
+            manifest = with_certificates(manifest, {p.name: p.certificate for p in proven})
         manifest = replace(manifest, gate=chosen.gate, assumptions=tuple(notes.lines))
         library = Path(scratch) / "model.so"
         built.save(library)
@@ -333,159 +311,6 @@ def lower(
             traces = {name: asdict(trace) for name, trace in built.traces.items()}
             (Path(checks) / "traces.json").write_text(json.dumps(traces))
         return bundle.write(where, manifest, library, built.tensors)
-
-
-def certify(
-    artifact: str | os.PathLike[str] | Artifact,
-    model: Callable[..., Any],
-    inputs: Sequence[tuple[Any, ...]],
-    *,
-    labels: Any = None,
-    shifted: Sequence[tuple[Any, ...]] | None = None,
-    teaching: Sequence[tuple[Any, ...]] | None = None,
-    levels: Sequence[float] = LEVELS,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Artifact:
-    """Bound the drift of every profile by split-conformal calibration of the library itself.
-
-    The bounds hold for new inputs that are exchangeable with these: drawn alike, and used neither
-    for calibration nor for training. Disjoint thirds of the inputs show how much the bounds spread.
-    Where the model has one output [inputs, classes], changed labels, confidence and its calibration
-    are counted too. From 200 inputs on, outputs are learned to tell how far each of them may be off
-    (`Session.drift_bound`); with `teaching`, 100 are enough. All of it goes into the manifest,
-    which is replaced whole.
-
-    Args:
-        artifact: Folder of an artifact that runs on this machine, or what `lower` returned.
-        model: The original model.
-        inputs: Arguments of calls, each a tuple, with the artifact's shapes.
-        labels: The right class of each input, in order; None: no accuracy, no calibration error.
-        shifted: Calls with data of another kind; the bounds' coverage of them is measured.
-        teaching: Calls that teach what outputs say of drift, and nothing else, so that data from
-            training or calibration will do; None: half of `inputs` teaches.
-        levels: Shares of new inputs to cover, rising.
-        progress: Called with (what, done, total).
-        say: Told every remark, a line each; None: standard error.
-
-    Returns:
-        The artifact with `calibrated`, `labels` and `per_input` in every profile's certificate.
-
-    Raises:
-        CertificateError: No inputs, outputs that are not finite or do not match the library's,
-            labels for outputs that are not class scores, or inputs that teach and are held out too.
-        ArtifactError: The artifact is damaged.
-        TargetError: It was built for another machine.
-        ValueError: A level is no share, or labels are not one class for each input.
-    """
-    session = load(artifact)
-    scores = library_scores(session, model, inputs, progress)
-    classes = scores.classes
-    if labels is not None:
-        if classes is None:
-            raise CertificateError(
-                "labels need a model with one output [inputs, classes]; leave them out"
-            )
-        classes = classes.told(labels)
-    found = calibrate(scores.original, scores.teacher, _input_hash(inputs), levels)
-    for name, one in found.items():
-        kept = None if classes is None else classes.labels[name] == classes.label
-        truth = None if classes is None else classes.truth
-        right = None if classes is None or truth is None else classes.labels[name] == truth
-        apart = draws(scores.original[name], scores.digests, levels, kept, right)
-        found[name] = replace(one, draws=apart)
-    if shifted is not None:
-        other = library_scores(session, model, shifted, progress, "checking shifted data")
-        found = with_shifted(found, other.original, _input_hash(shifted))
-    taught = None
-    if teaching is not None:
-        taught = library_scores(session, model, teaching, progress, "learning from outputs")
-    single = each_input(scores, levels, taught)
-    before = {c.profile.name: c.profile.certificate for c in session.manifest.profiles}
-    effects: Mapping[str, Labels] = {}
-    lines = on_bounds(found, levels)
-    if classes is not None:
-        sound = {name: certificate.sound for name, certificate in before.items()}
-        effects = label_effects(classes, scores.original, levels, sound)
-        lines += on_labels(effects, classes.count)
-    Notes(say).add(*lines)
-    certificates = {
-        name: replace(
-            certificate,
-            calibrated=found[name],
-            labels=effects.get(name),
-            per_input=single[name],
-        )
-        for name, certificate in before.items()
-    }
-    manifest = _with_certificates(session.manifest, certificates)
-    write_manifest(session.path, manifest)
-    return Artifact(session.path, manifest)
-
-
-def fit_policy(
-    artifact: str | os.PathLike[str] | Artifact,
-    model: Callable[..., Any],
-    inputs: Sequence[tuple[Any, ...]],
-    *,
-    looks: bool = False,
-    time_price: float = 0.5,
-    percentile: Percentile = "p95",
-    steps: int = 1500,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Artifact:
-    """Fit a policy from budgets to profiles to the artifact's recorded costs and measured drift.
-
-    The artifact keeps it as a file that the manifest names, and ``t3c.load(artifact, policy=True)``
-    uses it. On budgets alone it picks what the chain picks. One that looks at inputs may pick less
-    where that paid on half of the inputs, which it was not fitted to; elsewhere the chain decides.
-    When costs are recorded anew, it has to be fitted again.
-
-    Args:
-        artifact: Folder of an artifact that runs on this machine, or what `lower` returned.
-        model: The original model.
-        inputs: Arguments of calls, each a tuple; 16 or more where `looks` is set.
-        looks: Whether inputs may choose among the profiles that keep a budget.
-        time_price: With `looks`: what all of the largest profile's time is worth, in units of the
-            mean drift of the smallest profile.
-        percentile: Of the latency that budgets will limit.
-        steps: Of each training; a chain of eight profiles needs about as many as the default.
-        progress: Called with (what, done, total).
-        say: Told what the fit found, a line each; None: standard error.
-
-    Returns:
-        The artifact with `manifest.policy`.
-
-    Raises:
-        CertificateError: No inputs, or outputs that are not finite or do not match the library's.
-        ArtifactError: The artifact is damaged.
-        TargetError: It was built for another machine.
-        ValueError: Too few inputs, or the chain has one profile.
-    """
-    session = load(artifact)
-    scores = library_scores(session, model, inputs, progress, "measuring drift")
-    drifts = np.stack([d.reshape(len(inputs), -1).mean(1) for d in scores.original.values()], 1)
-    bind = Binder(session.manifest.input_tree, session.manifest.inputs)
-    calls = [[plain(x) for x in bind(args, {})] for args in inputs]
-    chain = session.manifest.chain
-    policy, report = fit(
-        chain,
-        drifts,
-        summaries=np.stack([summarize(call) for call in calls]) if looks else None,
-        time_price=time_price,
-        percentile=percentile,
-        steps=steps,
-    )
-    if looks:
-        policy = with_look(chain, policy, calls)
-    Notes(say).add(*report.remarks(chain))
-    return keep(Artifact(session.path, session.manifest), policy, asdict(report))
-
-
-def _input_hash(inputs: Sequence[tuple[Any, ...]]) -> str:
-    """SHA-256 over the tensors of calls, in order."""
-    return _hash([tuple(x for x in tree_leaves(args) if isinstance(x, Tensor)) for args in inputs])
 
 
 def _predictor(
@@ -563,66 +388,7 @@ def _certified(
     }
     meter = Meter(elastic, fitted[:PROXY_INPUTS], seconds=PROXY_SECONDS, damage=damage)
     chain = with_proxies(manifest.chain, proxies(meter, manifest.chain, progress))
-    return _with_certificates(manifest, {p.name: p.certificate for p in chain})
-
-
-def _with_certificates(manifest: Manifest, found: Mapping[str, Certificate]) -> Manifest:
-    """The manifest with a certificate for each profile, by name."""
-    profiles = tuple(
-        replace(c, profile=replace(c.profile, certificate=found[c.profile.name]))
-        for c in manifest.profiles
-    )
-    return replace(manifest, profiles=profiles)
-
-
-def _captured(elastic: ElasticModel) -> Captured:
-    return cast(Captured, elastic.captured)
-
-
-def _batches(
-    elastic: ElasticModel, calibration: Sequence[tuple[Any, ...]] | None, notes: Notes
-) -> list[Batch]:
-    """Calibration calls as the graph takes them; the example inputs where there are none."""
-    if calibration is None:
-        notes.add(
-            "no calibration data: ranks and factors follow the example inputs alone; pass "
-            "calibration=[(x,), ...] with real inputs for a chain that fits your data"
-        )
-        return [elastic.example_inputs]
-    for i, args in enumerate(calibration):
-        if not isinstance(args, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"calibration[{i}] is a {type(args).__name__}; write (x,)")
-    batches = [_finite(elastic, args, i) for i, args in enumerate(calibration)]
-    if not batches:
-        raise ValueError("calibration is empty; leave it out, or give at least one call")
-    return batches
-
-
-def _finite(elastic: ElasticModel, args: tuple[Any, ...], place: int) -> Batch:
-    """One calibration call, flat; errors name its place.
-
-    Raises:
-        ValueError: It does not fit the captured call, or holds NaN or infinity.
-    """
-    try:
-        batch = elastic.captured.flatten(args, {})
-    except ValueError as error:
-        raise ValueError(f"calibration[{place}]: {error}") from error
-    for name, value in zip(elastic.captured.names, batch, strict=True):
-        # -inf is what masks are made of
-        if value.is_floating_point() and bool((value.isnan() | value.isposinf()).any()):
-            raise ValueError(
-                f"calibration[{place}]: input {name!r} holds NaN or infinity; leave that call out"
-            )
-    return batch
-
-
-def _held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """What the chain is fitted to and what its drift is observed on; disjoint where many."""
-    if len(batches) < HELD_OUT_FROM:
-        return batches, batches[-OBSERVED_INPUTS:]
-    count = min(OBSERVED_INPUTS, len(batches) // 4)
-    return batches[:-count], batches[-count:]
+    return with_certificates(manifest, {p.name: p.certificate for p in chain})
 
 
 def _build(
@@ -687,96 +453,3 @@ def _cache() -> Path:
     """The user's cache folder of T3C."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "t3c"
-
-
-def _manifest(
-    elastic: ElasticModel,
-    chosen: Plan,
-    built: Built,
-    spec: TargetSpec,
-    batches: Sequence[Batch],
-) -> Manifest:
-    """Everything that is known before the library runs."""
-    captured = _captured(elastic)
-    compiled = []
-    for profile in chosen.chain:
-        made = built.profiles[profile.name]
-        ram = sum(built.tensors[n].nbytes for n in made.weights) + made.activation_bytes
-        counted = replace(profile, storage_bytes=made.storage_bytes, ram_bytes=ram)
-        compiled.append(
-            CompiledProfile(
-                counted,
-                made.function,
-                made.weights,
-                arena_bytes=made.arena_bytes,
-                reads=made.reads,
-            )
-        )
-    with torch.inference_mode():
-        outputs = elastic.graph(*elastic.example_inputs)
-    return Manifest(
-        target=TargetInfo(
-            name=spec.name,
-            kind=spec.kind,
-            triple=spec.triple,
-            mcpu=spec.mcpu,
-            features=tuple(sorted(spec.features)),
-            arch=spec.arch,
-        ),
-        stages=Stages(),
-        library=f"lib/{spec.name}.so",
-        inputs=_specs(captured.names, elastic.example_inputs),
-        outputs=_specs(captured.output_names, outputs),
-        input_tree=_tree(captured.structure["inputs"], count()),
-        output_tree=_tree(captured.structure["outputs"], count()),
-        profiles=increasing(compiled),
-        versions=_versions(),
-        report=elastic.report,
-        objective=chosen.objective,
-        codes=chosen.codes,
-        calibration_sha256=_hash(batches),
-    )
-
-
-def _tree(node: Mapping[str, Any], order: Iterator[int]) -> Tree:
-    """The captured structure as manifests store it.
-
-    Raises:
-        LoweringError: A tensor is returned twice or out of order.
-    """
-    if node["kind"] == "leaf":
-        if node["index"] != next(order):
-            raise LoweringError(
-                f"{node['name']!r} occurs twice in the model's inputs or outputs; return a copy"
-            )
-        return LEAF
-    items = [_tree(item, order) for item in node["items"]]
-    if node["kind"] == "dict":
-        return {"kind": "dict", "items": dict(zip(node["keys"], items, strict=True))}
-    return {"kind": node["kind"], "items": items}
-
-
-def _specs(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch."))
-        for name, t in zip(names, tensors, strict=True)
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("t3c", "torch", "apache-tvm", "apache-tvm-ffi", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            found[name] = "unknown"
-    return found
-
-
-def _hash(batches: Sequence[Batch]) -> str:
-    """SHA-256 over all calibration inputs, in order."""
-    total = hashlib.sha256()
-    for batch in batches:
-        for tensor in batch:
-            total.update(np.ascontiguousarray(tensor.detach().numpy()).tobytes())
-    return total.hexdigest()
