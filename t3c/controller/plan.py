@@ -246,7 +246,7 @@ def plan(
     plans = [search.apart(p, groups) for p in search.cut(path, profiles, through=through)]
     notes = []
     if dense:
-        notes.append(f"{len(dense)} layers stay dense int8, as asked: {_listed(sorted(dense))}")
+        notes.append(f"dense int8 in every profile, as asked: {_listed(sorted(dense))}")
     if swaps:
         swapped = improve(plans, options, drift_on(elastic, held[:SWAP_BATCHES]), swaps, progress)
         plans = list(swapped.plans)

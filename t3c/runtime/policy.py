@@ -260,6 +260,9 @@ class PolicySelector:
         self.chain, self.policy = chain, policy
         self._selector = Selector(chain)
         self._known: dict[Budget, int] = {}
+        self._looks = policy.content is not None and any(
+            floor < k for k, floor in enumerate(policy.floors)
+        )
 
     def index(self, budget: Budget, summary: Array | None = None) -> int:
         """Position of the profile to run.
@@ -304,7 +307,7 @@ class PolicySelector:
                 self._known.clear()
             largest = self._known[budget] = self._largest(budget)
         policy = self.policy
-        if not looks or policy.content is None or not self._covers(budget):
+        if not looks or not self._looks or not self._covers(budget):
             return largest, largest
         if budget.latency_ms is not None:
             left = budget.latency_ms - policy.look_s * 1e3

@@ -87,7 +87,7 @@ def test_layers_of_a_role_share_formats_and_those_that_are_kept_stay_dense() -> 
         assert profile.formats["fc1"] == profile.formats["fc2"]
     assert found.chain.profiles[0].formats["fc1"] != Dense(8)
     assert {row.format for row in found.gate if row.site == "head"} == {Dense(8)}
-    assert "2 layers stay dense int8, as asked: fc0, head" in found.notes
+    assert "dense int8 in every profile, as asked: fc0, head" in found.notes
     with pytest.raises(ValueError, match=r"'tail', which is no .* roles here are .*head \(1\)"):
         plan(model, more(model, 1), STEEP, keep=["tail"])
     with pytest.raises(ValueError, match="swaps=3 give layers of one role different formats"):

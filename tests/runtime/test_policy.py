@@ -134,8 +134,8 @@ def test_the_call_and_the_look_together_keep_every_limit() -> None:
 def test_where_the_chain_decides_inputs_are_not_looked_at(artifact: Artifact) -> None:
     strict = keep(artifact, policy(floors=(0, 1)), {})
     session = load(strict, policy=True)
-    session.set_budget(latency_ms=9, inputs=[object()])  # no statistics of it exist
-    assert session.profile.name == "max"
+    session.set_budget(latency_ms=2.1, inputs=[object()])  # no statistics of it exist
+    assert session.profile.name == "max"  # nothing was taken from the limit for a look
 
 
 def test_costs_that_are_measured_anew_make_a_policy_stale(artifact: Artifact) -> None:
