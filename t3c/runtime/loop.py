@@ -32,8 +32,9 @@ class Law:
     Attributes:
         window: Calls that the percentile is taken over, at most.
         horizon_s: Calls older than this are forgotten, as long as enough newer ones are known.
-        keep: So many are needed for leaving a profile, but for a `run`: fewer cannot show a
-            percentile of slow calls.
+        recent_s: The same where going up is judged.
+        keep: So many are needed for leaving a profile, but after a `run` or soon after a switch up:
+            fewer cannot show a percentile of slow calls.
         least: So many are needed for going up, so that slow calls recover, too.
         run: So many calls over the budget in a row are a new load: older calls are forgotten.
         down: Factor on the cost of the calls above which the present profile is left.
@@ -58,15 +59,16 @@ class Law:
 
     window: int = 128
     horizon_s: float = 1.0
+    recent_s: float = 0.8
     keep: int = 32
-    least: int = 8
+    least: int = 16
     run: int = 8
     down: float = 1.01
     below: float = 1.1
     up: float = 1.04
     back: float = 1.02
-    better: float = 0.9
-    settle_s: float = 0.25
+    better: float = 0.88
+    settle_s: float = 0.15
     doubt_s: float = 2.0
     memory_s: float = 8.0
     dwell_s: float = 0.25
@@ -84,6 +86,7 @@ class Law:
             raise ValueError(f"a window of {self.window} calls is below keep, least or run")
         for name in (
             "horizon_s",
+            "recent_s",
             "settle_s",
             "doubt_s",
             "memory_s",
@@ -108,18 +111,19 @@ class Law:
 class Window:
     """The last slowdowns, by age and by size, in memory that is never asked for again."""
 
-    def __init__(self, law: Law, percentile: float, least: int) -> None:
+    def __init__(self, size: int, horizon_s: float, percentile: float, least: int) -> None:
         """Take limits.
 
         Args:
-            law: Its `window` and `horizon_s` are used.
+            size: Calls that are known, at most.
+            horizon_s: Calls older than this are forgotten.
             percentile: Of the calls that may lie above the tail, 50 to below 100.
             least: Calls that are known however old they are.
         """
-        self._law, self._least = law, least
+        self._size, self._horizon_s, self._least = size, horizon_s, least
         self._share = percentile / 100.0
-        self._times = array("d", bytes(8 * law.window))
-        self._values = array("d", bytes(8 * law.window))
+        self._times = array("d", bytes(8 * size))
+        self._values = array("d", bytes(8 * size))
         self._next = 0
         self.sorted: list[float] = []
 
@@ -129,14 +133,13 @@ class Window:
 
     def push(self, now_s: float, value: float) -> None:
         """Take one more, and forget what is too old or too much."""
-        law = self._law
-        if len(self.sorted) == law.window:
+        if len(self.sorted) == self._size:
             self._forget()
         self._times[self._next], self._values[self._next] = now_s, value
-        self._next = (self._next + 1) % law.window
+        self._next = (self._next + 1) % self._size
         insort(self.sorted, value)
         while (
-            len(self.sorted) > self._least and self._times[self._oldest()] < now_s - law.horizon_s
+            len(self.sorted) > self._least and self._times[self._oldest()] < now_s - self._horizon_s
         ):
             self._forget()
 
@@ -159,7 +162,7 @@ class Window:
         return len(self.sorted) - bisect_right(self.sorted, limit)
 
     def _oldest(self) -> int:
-        return (self._next - len(self.sorted)) % self._law.window
+        return (self._next - len(self.sorted)) % self._size
 
     def _forget(self) -> None:
         self.sorted.pop(bisect_left(self.sorted, self._values[self._oldest()]))
@@ -216,8 +219,9 @@ class Loop:
                 "order and within"
             )
         self._law = Law() if law is None else law
-        self._window = Window(self._law, percentile, self._law.keep)
-        self._recent = Window(self._law, percentile, self._law.least)
+        size, own = self._law.window, self._law
+        self._window = Window(size, own.horizon_s, percentile, own.keep)
+        self._recent = Window(size, own.recent_s, percentile, own.least)
         self._run = 0
         self._seen = -math.inf
         self._switched = -math.inf
@@ -276,7 +280,7 @@ class Loop:
         if self._tried and now_s - self._switched >= law.trial_s and self._since >= law.keep:
             self._tried = False
             self._hold = max(law.hold_s, 0.5 * self._hold)
-        told = len(window) >= law.keep or self._run >= law.run
+        told = self._tried or len(window) >= law.keep or self._run >= law.run
         if told and window.above(room / law.down) > max(1, spare):
             if self.index > self._least:
                 self._down(now_s, tail)

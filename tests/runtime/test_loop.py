@@ -288,8 +288,8 @@ def test_silence_is_no_news() -> None:
 
 
 def test_the_window_is_the_percentile_of_the_last_calls() -> None:
-    law, draw = Law(window=16, horizon_s=1.0, keep=4, least=4), random.Random(1)
-    window, values, now = Window(law, 75.0, 4), [], 0.0
+    draw = random.Random(1)
+    window, values, now = Window(16, 1.0, 75.0, 4), [], 0.0
     for _ in range(500):
         now += draw.choice([0.01, 0.02, 0.3])
         values.append((now, draw.choice([draw.random(), 0.5])))
@@ -303,7 +303,7 @@ def test_the_window_is_the_percentile_of_the_last_calls() -> None:
         assert window.above(0.5) == sum(v > 0.5 for v in kept)
     window.keep_last(3)
     assert window.sorted == sorted(v for _, v in values[-3:])
-    assert Window(law, 75.0, 4).tail(0) == 1.0
+    assert Window(16, 1.0, 75.0, 4).tail(0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -333,6 +333,7 @@ def test_bad_arguments_are_refused(arguments: tuple[object, ...], match: str) ->
         ({"window": 4}, "below keep, least or run"),
         ({"horizon_s": 0.0}, "horizon_s is 0"),
         ({"hold_s": math.inf}, "hold_s is inf"),
+        ({"recent_s": 0.0}, "recent_s is 0"),
         ({"settle_s": 0.0}, "settle_s is 0"),
         ({"memory_s": math.nan}, "memory_s is nan"),
         ({"patience_s": -1.0}, "patience_s is -1"),
