@@ -167,7 +167,8 @@ class Joules:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote."""
-        return cls(**{**data, "label": Label(data["label"])})
+        given: dict[str, Any] = {**data, "label": Label(data["label"])}
+        return cls(**given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from t3c.core.errors import CostModelError
 from t3c.core.profile import Label
@@ -93,7 +94,7 @@ class _Known:
             [k.group or kernel_key(k.row) for k in kernels],
         )
 
-    def where(self, mask: Numbers) -> "_Known":
+    def where(self, mask: NDArray[np.bool_]) -> "_Known":
         return _Known(
             [r for r, m in zip(self.rows, mask, strict=True) if m],
             self.times[mask],

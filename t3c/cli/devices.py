@@ -119,7 +119,6 @@ def fit(
         data = import_module("t3c.cost_models.dataset").Dataset.read(rows, console.remark)
         spec = device.target_of(data.device)
         judge: Any = import_module("t3c.cost_models.scores")
-        scores: dict[str, Any] = {}
         if transfer_from is None:
             model = learned.LearnedModel.learn(data, spec)
             model.save(out)
@@ -135,16 +134,15 @@ def fit(
             judge_it = partial(judge.transfer_report, base, data, spec, any_family=any_family)
         if data.meter is not None and model.metered is None:
             console.remark(learned.energy_lacks(data))
-        if report or plot is not None:
-            judged: Any = judge_it()
-            scores = judged.to_json()
+        judged: list[Any] = [judge_it()] if report or plot is not None else []
+        scores: dict[str, Any] = judged[0].to_json() if judged else {}
         for what, found in scores.items():
             lines = [{"model": name, **score} for name, score in found.items()]
             console.show(tables.plain(lines, f"on {what} that were left out"))
         console.show(f"wrote {out}")
         if plot is not None:
             plots = import_module("t3c.report.plots")
-            console.show(f"wrote {plots.predictions(judged.guesses(), plot, str(rows))}")
+            console.show(f"wrote {plots.predictions(judged[0].guesses(), plot, str(rows))}")
         console.data({"model": str(out), "scores": scores})
 
 

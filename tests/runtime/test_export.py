@@ -61,8 +61,8 @@ def calls() -> list[tuple[Tensor, ...]]:
 
 def lowered(model: nn.Module | ElasticModel, out: Path, **options: Any) -> Artifact:
     given: dict[str, Any] = {"profiles": 12, "objective": "bytes", "calls": 0}
-    quiet = {"calibration": calls(), "say": lambda line: None}
-    return t3c.lower(model, "x86", calls()[0], out, **(given | quiet | options))
+    given |= {"calibration": calls(), "say": lambda line: None, **options}
+    return t3c.lower(model, "x86", calls()[0], out, **given)
 
 
 def outputs(artifact: Artifact, name: str) -> np.ndarray:

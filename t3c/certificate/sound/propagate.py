@@ -262,6 +262,8 @@ def _mixing(target: Any, args: Any, kwargs: dict[str, Any]) -> Pair | None:
         b = args[1]
         if not isinstance(b, Pair) or p.x.c.shape[:-2] != b.x.c.shape[:-2]:
             raise NoRule("a product with a constant, or of batches that differ")
+        if min(p.x.c.dim(), b.x.c.dim()) < 2:
+            raise NoRule("a product with a vector")
         if p.shares is not None:
             return weighted(p, b, p.shares)
         return multiplied(p, b, p.x.c.shape[-1] + 8)

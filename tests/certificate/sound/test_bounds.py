@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from t3c.certificate.sound import Ball, Box, Domain, certify, sound_bounds
-from t3c.certificate.sound.form import MODES, Form, Mode, Space, constant
+from t3c.certificate.sound.form import MODES, Form, Mode, NoRule, Space, constant
 from t3c.certificate.sound.norms import conv_norm, largest_norm, matrix_norm
 from t3c.certificate.sound.pair import Pair, curve, gamma
 from t3c.certificate.sound.propagate import averaged, spread
@@ -218,6 +218,17 @@ def test_shares_that_average_themselves_are_rounded_on_both_sides() -> None:
     x = torch.randn(1, 3, 3, generator=torch.Generator().manual_seed(0))
     one, two = (ends(Shares(copy), x) for copy in (False, True))
     assert torch.equal(one[1] - one[0], two[1] - two[0])
+
+
+@pytest.mark.parametrize("vectors", [(True, False), (False, True), (True, True)])
+def test_products_with_vectors_have_no_rule(vectors: tuple[bool, bool]) -> None:
+    class Product(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = (x[0] if vector else x for vector in vectors)
+            return torch.as_tensor(a @ b)
+
+    with pytest.raises(NoRule, match="a product with a vector"):
+        ends(Product(), torch.ones(3, 3))
 
 
 def test_constants_are_added_as_float32_has_them() -> None:
