@@ -84,20 +84,19 @@ class _Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """See socketserver."""
         board: Board = self.server.board  # type: ignore[attr-defined]
-        info: dict[str, Any] = {"addr": list(self.client_address)}
         try:
             if _receive(self.request, 4) != struct.pack("<i", rpc.base.RPC_TRACKER_MAGIC):
                 return
             self.request.sendall(struct.pack("<i", rpc.base.RPC_TRACKER_MAGIC))
             while True:
                 (size,) = struct.unpack("<i", _receive(self.request, 4))
-                self._answer(board, json.loads(_receive(self.request, size)), info)
+                self._answer(board, json.loads(_receive(self.request, size)))
         except (ConnectionError, OSError, ValueError, struct.error):
             pass
         finally:
             board.forget(self.request)
 
-    def _answer(self, board: Board, message: list[Any], info: dict[str, Any]) -> None:
+    def _answer(self, board: Board, message: list[Any]) -> None:
         codes = rpc.base.TrackerCode
         match message:
             case [codes.PUT, key, [int(port), str(secret)], host]:
@@ -109,14 +108,11 @@ class _Connection(socketserver.BaseRequestHandler):
                     str(key),
                     lambda address, secret: self._send([codes.SUCCESS, [*address, secret]]),
                 )
-            case [codes.UPDATE_INFO, told]:
-                info.update(told)
-                self._send(codes.SUCCESS)
             case [codes.GET_PENDING_MATCHKEYS]:
                 self._send(board.secrets(self.request))
             case [codes.SUMMARY]:
                 self._send([codes.SUCCESS, {"queue_info": board.counts(), "server_info": []}])
-            case [codes.PING]:
+            case [codes.PING] | [codes.UPDATE_INFO, _]:
                 self._send(codes.SUCCESS)
             case _:
                 self._send(codes.FAIL)
