@@ -13,11 +13,11 @@ from t3c.certificate.sound.norms import conv_norm, largest_norm, matrix_norm
 from t3c.certificate.sound.pair import Pair, curve, gamma
 from t3c.certificate.sound.propagate import averaged, spread
 from t3c.certificate.sound.slopes import CURVES
+from t3c.core.certificate_json import sound_from_json, sound_to_json
 from t3c.core.codes import Correction
 from t3c.core.errors import CertificateError
 from t3c.core.fields import Fields
 from t3c.core.formats import Dense, Format, LowRank, Tucker2
-from t3c.core.manifest import sound_from_json, sound_to_json
 from t3c.core.profile import Profile, ProfileChain
 from t3c.elastic.model import ElasticModel
 from tests.front import elasticize
