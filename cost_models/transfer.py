@@ -138,7 +138,7 @@ def transfer(
     found = _with_trees(base, start, known) if trees else fitted
     width, label = _width(spread)
     found = replace(found, spread=width, spread_label=label)
-    return _networks(base, found, profiles, spec).knowing(kernels).knowing(kernels)
+    return _networks(base, found, profiles, spec).knowing(kernels)
 
 
 def check(base: LearnedModel, spec: TargetSpec, *, any_family: bool = False) -> None:
