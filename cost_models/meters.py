@@ -259,9 +259,11 @@ class EstimatedMeter(AbstractMeter):
 
 
 def weight_bytes(row: Row) -> int:
-    """Bytes of codes and scales that a layer reads; padding does not count."""
+    """Bytes of codes (or floats) and scales that a layer reads; padding does not count."""
     elements = row.site.elements(row.format)
-    return elements // 2 + 2 * elements // GROUP if row.format.bits == 4 else elements
+    if row.format.bits == 4:
+        return elements // 2 + 2 * elements // GROUP
+    return elements * row.format.bits // 8
 
 
 def best_meter(root: Path = POWERCAP, hwmon: Path = HWMON) -> AbstractMeter:

@@ -142,6 +142,8 @@ def test_the_estimate_is_counted_by_hand() -> None:
     meter.count(layers, Work(1000, 500, 3), 3)
     assert meter.read() == pytest.approx(3 * (inside + rest))
     assert weight_bytes(Row(LINEAR, Dense(4))) == 128 * 64 // 2 + 128 * 64 * 2 // 64
+    assert weight_bytes(Row(LINEAR, Dense(8))) == 128 * 64
+    assert weight_bytes(Row(LINEAR, Dense(32))) == 4 * 128 * 64
     with pytest.raises(ValueError, match="calls is -1"):
         meter.count(layers, Work(), -1)
 
