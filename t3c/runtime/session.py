@@ -45,7 +45,8 @@ def load(
         artifact: Its folder, or what `lower` returned.
         hashes: Compare the SHA-256 of every file; sizes and paths are checked either way.
         threads: Threads of each call, the caller among them; None: ``TVM_NUM_THREADS`` or
-            ``OMP_NUM_THREADS``, else the physical cores that this process may use.
+            ``OMP_NUM_THREADS``, else as many as the artifact's latencies were measured with, or,
+            where none were, the physical cores that this process may use.
         policy: Whether `Session.set_budget` asks the learned policy that the artifact names
             (`t3c.fit_policy`), which may look at inputs; "auto": where there is one for the costs
             that are recorded now.
@@ -101,7 +102,7 @@ class Session:
         """Load library and weights; use `t3c.load`, which also verifies the files."""
         self.path: Path = artifact.path
         self.manifest: Manifest = artifact.manifest
-        self.threads = default_threads() if threads is None else threads
+        self.threads = default_threads(_recorded(artifact)) if threads is None else threads
         self.weight_bytes_copied = 0
         self._library = tvm_vm.Library(artifact.library, self.manifest.target.kind)
         self._weights = Weights(artifact.weights)
@@ -184,7 +185,8 @@ class Session:
         """Make later calls run the largest profile that satisfies every limit given.
 
         A limit of what nobody has measured is kept by what is predicted or estimated, with a
-        warning, once for each profile.
+        warning, once for each profile; one of latencies that were measured with another number of
+        threads than this session's warns, too.
 
         A limit of drift beside others refuses that profile where its bound is above; alone, it
         picks the smallest profile whose bound keeps it.
@@ -220,11 +222,24 @@ class Session:
             percentile=percentile,
         )
         picked = self._picked(budget, inputs)
-        for text in doubts(picked, budget):
+        for text in (*doubts(picked, budget), *self._other_threads(picked, budget)):
             if text not in self._told:
                 self._told.add(text)
                 warnings.warn(text, stacklevel=2)
         return self.set_profile(picked.name)
+
+    def _other_threads(self, profile: Profile, budget: Budget) -> tuple[str, ...]:
+        """What is wrong with latencies of another number of threads; nothing where they agree."""
+        timing = profile.latency
+        if budget.latency_ms is None or timing is None or timing.label is not Label.MEASURED:
+            return ()
+        if timing.threads == self.threads:
+            return ()
+        return (
+            f"latencies were measured with threads={timing.threads}, this session calls with "
+            f"threads={self.threads}: load it with the former, or measure again with "
+            "`t3c bench --record`",
+        )
 
     def _picked(self, budget: Budget, inputs: Sequence[Any] | Mapping[str, Any] | None) -> Profile:
         """By the policy if there is one, else by the chain."""
@@ -558,6 +573,12 @@ def _contiguous(value: Any) -> bool:
     if torch is not None and isinstance(value, torch.Tensor):
         return bool(value.is_contiguous())
     return bool(tvm_vm.share(value).is_contiguous())
+
+
+def _recorded(artifact: Artifact) -> int | None:
+    """Threads that the largest profile's latency was measured with; None: it was not."""
+    timing = artifact.manifest.profiles[-1].profile.latency
+    return timing.threads if timing is not None and timing.label is Label.MEASURED else None
 
 
 def summarize(samples: Sequence[float], threads: int) -> Timing:

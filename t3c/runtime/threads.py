@@ -28,16 +28,21 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(SPINS))
 
 
-def default_threads() -> int:
+def default_threads(recorded: int | None = None) -> int:
     """Threads of a call where the user names none.
 
-    ``TVM_NUM_THREADS`` or ``OMP_NUM_THREADS``; else the physical cores that this process may use.
+    ``TVM_NUM_THREADS`` or ``OMP_NUM_THREADS``; else as many as latencies were recorded with, so
+    that budgets mean what they say, but no more than the physical cores that this process may use.
+
+    Args:
+        recorded: What latencies were recorded with; None: there are none, and all cores count.
     """
     for name in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "")
         if value.isdigit() and int(value) > 0:
             return int(value)
-    return available_cores()
+    cores = available_cores()
+    return cores if recorded is None else min(recorded, cores)
 
 
 def available_cores() -> int:

@@ -162,6 +162,21 @@ def test_concurrent_calls_run_on_the_profile_they_started_with(session: Session)
     assert seen == set(toy.NAMES)
 
 
+def test_a_latency_of_another_number_of_threads_warns_once(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert load(artifact).threads == 1  # what the toy's latencies say, on any machine
+    other = load(artifact, threads=2)
+    assert other.set_budget(size_mb=1e3).name == "max"  # no latency, no warning
+    with pytest.warns(
+        UserWarning, match="threads=1, this session calls with threads=2"
+    ):
+        assert other.set_budget(latency_ms=1e3).name == "max"
+    assert other.set_budget(latency_ms=1e3).name == "max"  # told before
+
+
 def test_a_budget_picks_the_largest_profile_within_it(session: Session) -> None:
     assert session.set_budget(latency_ms=1.5).name == "tiny"
     assert session.profile.name == "tiny"

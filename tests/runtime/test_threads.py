@@ -54,6 +54,17 @@ def test_variables_go_before_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads.default_threads() == 6
 
 
+def test_recorded_threads_go_before_cores_and_after_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "available_cores", lambda: 4)
+    monkeypatch.delenv("TVM_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads.default_threads(n) for n in (1, 4, 6, None)] == [1, 4, 4, 4]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads.default_threads(1) == 3
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_the_mask_of_the_process_limits() -> None:
     code = "import os; os.sched_setaffinity(0, {0}); from t3c.runtime import threads; "
