@@ -170,9 +170,7 @@ def test_a_latency_of_another_number_of_threads_warns_once(
     assert load(artifact).threads == 1  # what the toy's latencies say, on any machine
     other = load(artifact, threads=2)
     assert other.set_budget(size_mb=1e3).name == "max"  # no latency, no warning
-    with pytest.warns(
-        UserWarning, match="threads=1, this session calls with threads=2"
-    ):
+    with pytest.warns(UserWarning, match="threads=1, this session calls with threads=2"):
         assert other.set_budget(latency_ms=1e3).name == "max"
     assert other.set_budget(latency_ms=1e3).name == "max"  # told before
 
