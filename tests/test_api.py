@@ -1,6 +1,5 @@
 """The whole flow on tiny networks: model in, artifact, profiles, budgets, calls, errors."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -21,33 +20,19 @@ from t3c import api, proof, targets
 from t3c.certificate.sound import Domain
 from t3c.codegen.build import Built, build
 from t3c.core.artifact import Artifact
-from t3c.core.errors import CertificateError
 from t3c.core.formats import Dense, at_most
 from t3c.core.profile import Label
 from t3c.cost_models.device import this_device
 from t3c.cost_models.learned import LearnedModel
 from t3c.elastic.shadow import relative
 from t3c.targets.base import Roofline
-from tests.runtime import toy
+from tests.lowering import Mlp, draw, small
 
 pytestmark = pytest.mark.skipif(
     not targets.cpu_features() & {"sse2"}, reason="target x86 runs on x86-64 only"
 )
 PLAN_SECONDS = 2.0
 CALLS = 3
-
-
-class Mlp(nn.Module):
-    """Two linear layers; a dict comes out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(96, 160)
-        self.second = nn.Linear(160, 80)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        hidden = torch.relu(self.first(x))
-        return {"logits": self.second(hidden), "hidden": hidden}
 
 
 class Convolutions(nn.Module):
@@ -68,10 +53,6 @@ class Convolutions(nn.Module):
         x = nn.functional.max_pool2d(self.stem(image), 2)
         x = torch.relu(x + self.block(x))
         return torch.as_tensor(self.head(x.mean((2, 3))))
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(seed: int) -> tuple[Tensor, Tensor]:
@@ -165,12 +146,12 @@ def test_profiles_ascend_from_tiny_to_max(session: t3c.Session) -> None:
     assert len(profiles) > 1
     assert (profiles[0].name, profiles[-1].name) == ("tiny", "max")
     assert session.profile is profiles[-1]
-    for small, large in pairwise(profiles):
-        assert small.macs <= large.macs
-        assert small.storage_bytes <= large.storage_bytes
-        assert small.ram_bytes <= large.ram_bytes
-        assert (small.latency_ms or 0) <= (large.latency_ms or 0)
-        assert all(at_most(f, large.formats[site]) for site, f in small.formats.items())
+    for less, more in pairwise(profiles):
+        assert less.macs <= more.macs
+        assert less.storage_bytes <= more.storage_bytes
+        assert less.ram_bytes <= more.ram_bytes
+        assert (less.latency_ms or 0) <= (more.latency_ms or 0)
+        assert all(at_most(f, more.formats[site]) for site, f in less.formats.items())
 
 
 def test_every_profile_states_its_observed_drift(session: t3c.Session) -> None:
@@ -283,20 +264,6 @@ def test_run_py_needs_no_t3c(lowered: Lowered, session: t3c.Session, tmp_path: P
     for line, spec, value in zip(printed, lowered.artifact.manifest.outputs, outputs, strict=False):
         assert line.startswith(spec.name)
         assert float(line.split()[-1]) == pytest.approx(float(value.mean()), abs=1e-5)
-
-
-def small(**options: Any) -> Artifact:
-    """Two layers by default; any argument of `lower` overrides what stands here."""
-    defaults: dict[str, Any] = {
-        "model": nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval(),
-        "target": "x86",
-        "example_inputs": (draw(0, 2, 64),),
-        "profiles": 2,
-        "plan_seconds": 0.5,
-        "calls": 0,
-        "say": lambda line: None,
-    }
-    return t3c.lower(**(defaults | options))
 
 
 def test_a_domain_puts_a_proven_bound_of_every_profile_into_the_manifest(tmp_path: Path) -> None:
@@ -425,16 +392,6 @@ def test_a_branch_on_values_is_refused_with_the_reason(tmp_path: Path) -> None:
         small(model=Branch(64, 64).eval(), out=tmp_path / "net")
 
 
-def test_an_empty_calibration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="calibration is empty"):
-        small(calibration=[], out=tmp_path / "net")
-
-
-def test_a_bare_tensor_as_calibration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"calibration\[0\] is a Tensor; write \(x,\)"):
-        small(calibration=[draw(1, 2, 64)], out=tmp_path / "net")
-
-
 def test_a_folder_that_is_no_artifact_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(t3c.ArtifactError, match="is no T3C artifact"):
@@ -553,139 +510,6 @@ def test_an_objective_that_is_unknown_or_that_the_target_lacks_is_refused(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bounds_come_from_the_library_and_stay_in_the_artifact(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Mlp().eval()
-    artifact = small(model=model, example_inputs=(draw(0, 2, 96),), out=tmp_path / "net")
-    shape = artifact.manifest.inputs[0].shape
-    inputs = [(torch.randn(shape),) for _ in range(30)]
-    told: list[str] = []
-    found = t3c.certify(artifact, model, inputs, say=told.append)
-    assert Artifact.read(artifact.path).manifest == found.manifest
-    t3c.load(found)  # the files are those that the manifest lists
-    bounds = [c.profile.certificate.calibrated for c in found.manifest.profiles]
-    count = 30 * shape[0]
-    for small_one, large_one in pairwise(bounds):
-        assert small_one is not None
-        assert large_one is not None
-        assert small_one.inputs == large_one.inputs == count
-        for a, b in zip(small_one.bounds, large_one.bounds, strict=True):
-            assert a.value >= b.value
-    assert bounds[-1] is not None
-    ninety = bounds[-1].at(0.9)
-    assert ninety is not None
-    drift = [
-        float((run(*inputs[0])["logits"] - model(*inputs[0])["logits"]).detach().norm())
-        for run in [t3c.load(found).variants["max"]]
-    ]
-    assert 0 < ninety.value < 50 * drift[0]
-    assert ninety.teacher == 0.0
-    assert any("promise nothing" in line for line in told)
-    assert all(c.profile.certificate.labels is None for c in found.manifest.profiles)
-    with pytest.raises(CertificateError, match="labels need a model with one output"):
-        t3c.certify(found, model, inputs, labels=[0] * count, say=told.append)
-
-
-def labelled_and_shifted(artifact: Artifact, model: nn.Module, inputs: list[Any]) -> None:
-    """With right answers and other data, the artifact says what becomes of both."""
-    with torch.no_grad():
-        truth = torch.cat([model(*args) for args in inputs]).argmax(1)
-    far = [(8 * x,) for (x,) in inputs[:9]]
-    told: list[str] = []
-    found = t3c.certify(
-        artifact, model, inputs, labels=truth, shifted=far, levels=(0.8, 0.9), say=told.append
-    )
-    assert Artifact.read(artifact.path).manifest == found.manifest
-    assert any("shifted inputs the bounds of 80% cover" in line for line in told)
-    for one in (c.profile.certificate for c in found.manifest.profiles):
-        assert one.calibrated is not None
-        assert one.calibrated.shifted is not None
-        assert one.calibrated.shifted.coverage[0] < 0.5
-        assert len({d.sha256 for d in one.calibrated.draws}) == 3
-        assert one.labels is not None
-        assert one.labels.accuracy == pytest.approx(1 - one.labels.flips)
-        assert one.labels.original_accuracy == 1.0
-        assert [c.level for c in one.labels.checked] == [0.8, 0.9]
-        assert all(d.accuracy == d.agreement is not None for d in one.calibrated.draws)
-    session = t3c.load(found)
-    with pytest.raises(CertificateError, match="run `t3c certify` on 200 held-out inputs"):
-        session.drift_bound(session(*inputs[0]))
-    many = [(torch.randn(inputs[0][0].shape),) for _ in range(150)]
-    session = t3c.load(t3c.certify(artifact, model, many, say=told.append))
-    for name in session.variants:
-        session.set_profile(name)
-        off = [(session(*args) - model(*args)).detach().norm(dim=1).numpy() for args in inputs]
-        most = [session.drift_bound(session(*args), 0.99) for args in inputs]
-        assert np.mean(np.array(off) <= np.array(most)) > 0.9
-        assert np.median(np.array(most) / np.array(off)) < 5
-    session = t3c.load(t3c.certify(artifact, model, many[:50], teaching=many[50:], say=told.append))
-    single = [p.certificate.per_input for p in session.profiles]
-    assert [(b.inputs, b.taught) for b in single if b is not None] == [(100, 200)] * len(single)
-    assert session.drift_bound(session(*inputs[0])).shape == (2,)
-    with pytest.raises(CertificateError, match="2 inputs teach and are held out; bounds"):
-        t3c.certify(artifact, model, many[:51], teaching=many[50:], say=told.append)
-    session = t3c.load(found)
-    ninety = session.profiles[-1].certificate.calibrated
-    assert ninety is not None
-    limit = ninety.bounds[1].value
-    assert session.set_budget(max_drift=limit).certificate.calibrated is not None
-    with pytest.raises(t3c.InfeasibleBudget, match=r"not at 0\.95"):
-        session.set_budget(max_drift=limit, level=0.95)
-    with pytest.raises(ValueError, match="give one for each of the"):
-        t3c.certify(artifact, model, inputs, labels=[1], say=told.append)
-
-
-def test_bounds_come_with_labels_and_need_the_model_that_was_lowered(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
-    artifact = small(model=model, out=tmp_path / "net")
-    shape = artifact.manifest.inputs[0].shape
-    labelled_and_shifted(artifact, model, [(torch.randn(shape),) for _ in range(30)])
-    with pytest.raises(CertificateError, match="give the model that was lowered"):
-        t3c.certify(artifact, nn.Identity(), [(torch.randn(shape),)], say=lambda line: None)
-    with pytest.raises(CertificateError, match="needs held-out inputs; got none"):
-        t3c.certify(artifact, nn.Identity(), [], say=lambda line: None)
-
-
-@pytest.mark.parametrize("looks", [False, True])
-def test_a_policy_is_fitted_to_the_library_and_picks_within_budgets(
-    looks: bool, tmp_path: Path
-) -> None:
-    artifact = toy.write_native(tmp_path / "toy")
-    dense = torch.from_numpy(toy.tensors()["fc.dense"])
-
-    def model(x: Tensor) -> dict[str, Tensor]:
-        logits = x @ dense.T + 0.5
-        return {"logits": logits, "double": 2 * logits}
-
-    inputs = [(torch.from_numpy(toy.inputs(seed)),) for seed in range(16)]
-    told: list[str] = []
-    found = t3c.fit_policy(artifact, model, inputs, looks=looks, steps=60, say=told.append)
-    assert Artifact.read(found.path).manifest == found.manifest
-    assert any("the network alone is right for" in line for line in told)
-    assert any("inputs choose pays" in line for line in told) == looks
-    session, chain = t3c.load(found, policy=True), t3c.load(artifact)
-    assert session.policy is not None
-    assert session.policy.components == ("latency_ms", "size_mb", "ram_mb")
-    assert (session.policy.look_s > 0) == looks
-    for limit in np.linspace(1, 3, 21):
-        assert session.set_budget(latency_ms=limit) == chain.set_budget(latency_ms=limit)
-        if looks:
-            chosen = session.set_budget(latency_ms=limit, inputs=inputs[0])
-            assert chosen.latency_ms is not None
-            assert chosen.latency_ms <= limit
-    report = json.loads((found.path / str(found.manifest.policy)).read_text())["report"]
-    assert len(report["snapping_gap"]) == 2
-    assert report["proxy_rank_correlation"] == pytest.approx(1.0)
-    with pytest.raises(CertificateError, match="got none"):
-        t3c.fit_policy(found, model, [], say=told.append)
-    with pytest.raises(ValueError, match="3 inputs; a policy that looks at them"):
-        t3c.fit_policy(found, model, inputs[:3], looks=True, say=told.append)
-    single = t3c.export(found, ["max"], tmp_path / "one")
-    with pytest.raises(ValueError, match="a chain of one profile"):
-        t3c.fit_policy(single, model, inputs, say=told.append)
-
-
 def test_low_ranks_come_from_the_factorizer_that_was_asked_for() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 16)).eval()
@@ -699,30 +523,3 @@ def test_low_ranks_come_from_the_factorizer_that_was_asked_for() -> None:
     torch.testing.assert_close(made["whitened-svd"], made["kronecker-svd"])  # no gains known
     with pytest.raises(ValueError, match="factorizer is 'qr'; allowed are 'svd', 'whitened-svd'"):
         api.elasticize(net, (x,), factorizer="qr")
-
-
-NAN, INF = (torch.full((2, 64), value) for value in (float("nan"), float("inf")))
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        ((NAN,), r"calibration\[1\]: input '\w+' holds NaN or infinity; leave that call out"),
-        ((INF,), r"calibration\[1\]: input '\w+' holds NaN or infinity"),
-        ((torch.zeros(3, 64),), r"calibration\[1\]: .*\(3, 64\).*shapes are static: pad"),
-        ((torch.zeros(2, 64).double(),), r"calibration\[1\]: .*convert it with .to\(torch.float32"),
-        ((NAN, NAN), r"calibration\[1\]: the call has 2 value\(s\), captured were 1"),
-    ],
-)
-def test_bad_calibration_is_refused_by_place_and_name(
-    call: tuple[Tensor, ...], said: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=said):
-        small(out=tmp_path / "net", calibration=[(draw(0, 2, 64),), call])
-    assert not (tmp_path / "net").exists()
-
-
-def test_one_calibration_call_is_enough_and_told(tmp_path: Path) -> None:
-    told: list[str] = []
-    small(out=tmp_path / "net", calibration=[(draw(0, 2, 64),)], say=told.append)
-    assert any("one calibration batch" in line for line in told)
