@@ -6,8 +6,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from t3c.elastic.factorize.base import Factors, Ranks
-from t3c.elastic.factorize.whitened_svd import AbstractWeighedSvd, weighed
+from t3c.elastic.factorize.whitened_svd import AbstractWeighedSvd
 
 
 @final
@@ -28,17 +27,6 @@ class SaesSvd(AbstractWeighedSvd):
     name: ClassVar[str] = "saes-svd"
     share: float = 0.5
     ridge: float = 1e-1
-
-    def _split(
-        self,
-        weight: Tensor,
-        moment: Tensor | None,
-        gains: Tensor | None,
-        outputs: Tensor | None,
-        ranks: Ranks | None,
-    ) -> Factors:
-        """As `Svd.split`, in the metric of inputs and outputs."""
-        return weighed(weight, moment, gains, ranks, self.damping)
 
     def aimed(self, weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
         """W' = W ((1 - a) M' + a C + l I) (M' + l I)^-1: least squares of W' x' to W x, damped.

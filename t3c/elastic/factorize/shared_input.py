@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from t3c.elastic.factorize.base import Factors, Ranks, damped
-from t3c.elastic.factorize.whitened_svd import AbstractWeighedSvd, weighed
+from t3c.elastic.factorize.whitened_svd import AbstractWeighedSvd
 
 
 @final
@@ -25,17 +25,6 @@ class SharedInputSvd(AbstractWeighedSvd):
 
     name: ClassVar[str] = "shared-input-svd"
     gains_damping: float = 0.03
-
-    def _split(
-        self,
-        weight: Tensor,
-        moment: Tensor | None,
-        gains: Tensor | None,
-        outputs: Tensor | None,
-        ranks: Ranks | None,
-    ) -> Factors:
-        """As `Svd.split` of the stack, in the metric of inputs and outputs."""
-        return weighed(weight, moment, gains, ranks, self.damping)
 
     def together(
         self,

@@ -31,6 +31,17 @@ class AbstractWeighedSvd(AbstractFactorizer):
     factors: ClassVar[tuple[str, ...]] = ("low", "high")
     damping: float = 1e-3
 
+    def _split(
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        gains: Tensor | None,
+        outputs: Tensor | None,
+        ranks: Ranks | None,
+    ) -> Factors:
+        """As `Svd.split`, in the metric of inputs and outputs."""
+        return weighed(weight, moment, gains, ranks, self.damping)
+
     def merge(self, factors: Mapping[str, Tensor], ranks: Ranks | None = None) -> Tensor:
         """high[:, :r] low[:r]."""
         return SVD.merge(factors, ranks)
@@ -72,17 +83,6 @@ class KroneckerSvd(AbstractWeighedSvd):
     """
 
     name: ClassVar[str] = "kronecker-svd"
-
-    def _split(
-        self,
-        weight: Tensor,
-        moment: Tensor | None,
-        gains: Tensor | None,
-        outputs: Tensor | None,
-        ranks: Ranks | None,
-    ) -> Factors:
-        """As `Svd.split`, in the metric of inputs and outputs."""
-        return weighed(weight, moment, gains, ranks, self.damping)
 
 
 def weighed(
