@@ -10,7 +10,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no r
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `t3c lower` wrote.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of each call; else the cores it may use.")
+    int | None,
+    typer.Option(min=1, help="Threads of each call; else as its times were measured."),
 ]
 Latency = Annotated[float | None, typer.Option(help="Budget: p95 of one call.")]
 Joules = Annotated[float | None, typer.Option(help="Budget: energy of one call.")]

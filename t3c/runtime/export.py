@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -34,10 +35,15 @@ def export(
         ArtifactError: The artifact is damaged, or `out` is something else.
         T3CError: There is no such profile.
         TypeError: One name instead of a list.
+        ValueError: `out` is the artifact itself.
     """
     if isinstance(profiles, str):
         raise TypeError(f"profiles is {profiles!r}; give a list of names, [{profiles!r}]")
     found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
+    if Path(out).resolve() == found.path.resolve():
+        raise ValueError(
+            f"{out} is the artifact itself, whose other profiles would be lost; give another folder"
+        )
     found.verify()
     known = {c.profile.name: c for c in found.manifest.profiles}
     unknown = [name for name in profiles if name not in known]

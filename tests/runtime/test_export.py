@@ -197,6 +197,8 @@ def test_a_pair_keeps_the_larger_rank(large: Artifact, tmp_path: Path) -> None:
 def test_unknown_and_missing_names_are_refused(large: Artifact, tmp_path: Path) -> None:
     with pytest.raises(T3CError, match="no profile 'huge'; there are tiny"):
         t3c.export(large, ["huge"], tmp_path / "out")
+    with pytest.raises(ValueError, match="is the artifact itself, whose other profiles"):
+        t3c.export(large, ["tiny"], large.path / ".." / large.path.name)
     with pytest.raises(T3CError, match="no profile was named"):
         t3c.export(large, [], tmp_path / "out")
     with pytest.raises(TypeError, match=r"give a list of names, \['tiny'\]"):
